@@ -1,0 +1,84 @@
+// llama-fasa: configuration, state and counters of FASA in libllama. Plain C, no upstream struct is changed.
+//
+// Precedence of every setting: set by the caller (llama_fasa_set_params), else the model's fasa.* metadata, else the
+// default below.
+
+#pragma once
+
+#include "llama.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum llama_fasa_mode {
+    LLAMA_FASA_MODE_OFF  = 0, // never
+    LLAMA_FASA_MODE_AUTO = 1, // when the model is calibrated and a budget is given by the caller or the metadata
+    LLAMA_FASA_MODE_ON   = 2, // always; a context that cannot is not created
+};
+
+#define LLAMA_FASA_BUDGET_DEFAULT    256
+#define LLAMA_FASA_N_SINK_DEFAULT      4
+#define LLAMA_FASA_N_RECENT_DEFAULT   32
+#define LLAMA_FASA_MAX_BATCH_DEFAULT   8
+
+struct llama_fasa_params {
+    int32_t mode;      // enum llama_fasa_mode
+    int32_t budget;    // tokens kept per query and KV group, forced ones included; 0 = not set
+    int32_t n_sink;    // first tokens of a sequence that are always kept; -1 = not set
+    int32_t n_recent;  // last tokens of a sequence that are always kept, the query's own included; -1 = not set
+    int32_t max_batch; // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
+};
+
+// What a context runs.
+struct llama_fasa_info {
+    int32_t  active;         // 1 if FASA serves this context
+    int32_t  n_layer_sparse; // layers that decode with FASA
+    int32_t  n_layer_dense;  // layers that stay dense
+    int32_t  n_tip_min;      // fewest and most FCs over the sparse layers
+    int32_t  n_tip_max;
+    int32_t  budget;
+    int32_t  n_sink;
+    int32_t  n_recent;
+    int32_t  max_batch;
+    uint64_t index_bytes;    // size of the index cache
+    uint64_t kv_bytes;       // size of the K and V cache
+};
+
+// What a context has run. A step is one ubatch.
+struct llama_fasa_stats {
+    uint64_t n_step_sparse;   // decode steps through FASA
+    uint64_t n_step_dense;    // decode steps left dense, n_kv being within the budget
+    uint64_t n_step_prefill;  // steps with more than max_batch rows, dense
+    uint64_t n_row_sparse;    // query rows of the sparse steps
+    uint64_t n_index_rebuild; // times the index was rebuilt from K
+};
+
+LLAMA_API struct llama_fasa_params llama_fasa_default_params(void); // everything "not set", mode AUTO
+
+// Sets what contexts created from now on in this process will use; the context may be created in another thread.
+// Returns 0, or -1 with a sentence in llama_fasa_last_error() and nothing changed.
+LLAMA_API int32_t                  llama_fasa_set_params(const struct llama_fasa_params * params);
+LLAMA_API struct llama_fasa_params llama_fasa_get_params(void);
+
+// Whether the model carries valid calibration: 1 yes, 0 none, -1 invalid (llama_fasa_last_error() says why).
+LLAMA_API int32_t llama_fasa_model_calibrated(const struct llama_model * model);
+
+LLAMA_API struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
+LLAMA_API struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
+LLAMA_API void                    llama_fasa_reset_stats(      struct llama_context * ctx);
+
+// One line for a person: what the context ran. Written when a context that FASA serves is freed.
+LLAMA_API void llama_fasa_print_stats(const struct llama_context * ctx);
+
+// The last error of FASA on this thread, "" if none. Valid until the next call of this API on the thread.
+LLAMA_API const char * llama_fasa_last_error(void);
+
+LLAMA_API const char * llama_fasa_version(void); // of this software, "0.1.0"
+LLAMA_API const char * llama_fasa_pin(void);     // of llama-cpp-python, "0.3.36"
+
+#ifdef __cplusplus
+}
+#endif
