@@ -1,0 +1,167 @@
+#include "fasa-args.h"
+
+#include "llama-fasa.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+
+// Counts beyond this are typing errors: docs/metadata.md has the same bound.
+static constexpr int32_t FASA_ARG_MAX = 1 << 24;
+
+static const char * mode_name(int32_t mode) {
+    switch (mode) {
+        case LLAMA_FASA_MODE_OFF: return "off";
+        case LLAMA_FASA_MODE_ON:  return "on";
+        default:                  return "auto";
+    }
+}
+
+static void apply(const llama_fasa_params & fasa) {
+    if (llama_fasa_set_params(&fasa) != 0) {
+        throw std::invalid_argument(llama_fasa_last_error());
+    }
+}
+
+static void set_mode(common_params &, const std::string & value) {
+    llama_fasa_params fasa = llama_fasa_get_params();
+    if (common_arg_utils::is_truthy(value)) {
+        fasa.mode = LLAMA_FASA_MODE_ON;
+    } else if (common_arg_utils::is_falsey(value)) {
+        fasa.mode = LLAMA_FASA_MODE_OFF;
+    } else if (common_arg_utils::is_autoy(value)) {
+        fasa.mode = LLAMA_FASA_MODE_AUTO;
+    } else {
+        throw std::invalid_argument("expected on, off or auto, got '" + value + "'");
+    }
+    apply(fasa);
+}
+
+template <int32_t llama_fasa_params::*field, int32_t min>
+static void set_count(common_params &, const std::string & value) {
+    int32_t n = 0;
+    const char * end = value.data() + value.size();
+    const auto res = std::from_chars(value.data(), end, n);
+    if (res.ec != std::errc() || res.ptr != end || n < min || n > FASA_ARG_MAX) {
+        throw std::invalid_argument("expected a whole number from " + std::to_string(min) + " to " +
+                                    std::to_string(FASA_ARG_MAX) + ", got '" + value + "'");
+    }
+    llama_fasa_params fasa = llama_fasa_get_params();
+    fasa.*field = n;
+    apply(fasa);
+}
+
+static std::string with_default(const std::string & help, int32_t value) {
+    return help + " (default: " + std::to_string(value) + ", or what the model's metadata says)";
+}
+
+std::vector<common_arg> fasa_args() {
+    std::vector<common_arg> args;
+    args.push_back(common_arg(
+        {"--fasa"}, "[on|off|auto]",
+        "sparse decode with FASA: each step attends to the few hundred cached tokens that matter to its query; "
+        "'auto' uses it when the model is calibrated (fasa-calibrate) and a budget comes from --fasa-budget or the "
+        "model's metadata, 'on' fails when it cannot be used (default: auto)",
+        set_mode).set_env("LLAMA_ARG_FASA"));
+    args.push_back(common_arg(
+        {"--fasa-budget"}, "N",
+        with_default("tokens kept per query and KV head, forced ones included", LLAMA_FASA_BUDGET_DEFAULT),
+        set_count<&llama_fasa_params::budget, 1>).set_env("LLAMA_ARG_FASA_BUDGET"));
+    args.push_back(common_arg(
+        {"--fasa-sink"}, "N",
+        with_default("first tokens of a sequence that FASA always keeps", LLAMA_FASA_N_SINK_DEFAULT),
+        set_count<&llama_fasa_params::n_sink, 0>).set_env("LLAMA_ARG_FASA_SINK"));
+    args.push_back(common_arg(
+        {"--fasa-recent"}, "N",
+        with_default("last tokens of a sequence that FASA always keeps", LLAMA_FASA_N_RECENT_DEFAULT),
+        set_count<&llama_fasa_params::n_recent, 0>).set_env("LLAMA_ARG_FASA_RECENT"));
+    args.push_back(common_arg(
+        {"--fasa-max-batch"}, "N",
+        "largest batch per sequence that is decoded sparse, larger ones are dense; set it to the batch size to measure "
+        "quality with llama-perplexity (default: " + std::to_string(LLAMA_FASA_MAX_BATCH_DEFAULT) + ")",
+        set_count<&llama_fasa_params::max_batch, 1>).set_env("LLAMA_ARG_FASA_MAX_BATCH"));
+    return args;
+}
+
+std::string fasa_bench_usage() {
+    std::string text;
+    for (const common_arg & opt : fasa_args()) {
+        text += opt.to_string();
+    }
+    return text;
+}
+
+static std::string count_name(int32_t n, int32_t not_set) {
+    return n == not_set ? "not set" : std::to_string(n);
+}
+
+void fasa_bench_args(int & argc, char ** argv) {
+    common_params unused;
+    bool given = false;
+
+    auto handle = [&](const common_arg & opt, const char * source, const std::string & value) {
+        try {
+            opt.handler_string(unused, value);
+            given = true;
+        } catch (const std::invalid_argument & e) {
+            fprintf(stderr, "error: %s: %s\n", source, e.what());
+            exit(1);
+        }
+    };
+
+    const std::vector<common_arg> opts = fasa_args();
+    for (const common_arg & opt : opts) {
+        std::string value;
+        if (opt.get_value_from_env(value)) {
+            handle(opt, opt.env, value);
+        }
+    }
+
+    int n_left = std::min(argc, 1);
+    for (int i = 1; i < argc; i++) {
+        std::string arg = argv[i];
+        if (arg.compare(0, 2, "--") == 0) {
+            std::replace(arg.begin(), arg.end(), '_', '-');
+        }
+        const auto opt = std::find_if(opts.begin(), opts.end(), [&](const common_arg & o) { return arg == o.args[0]; });
+        if (opt == opts.end()) {
+            argv[n_left++] = argv[i];
+        } else if (i + 1 == argc) {
+            fprintf(stderr, "error: %s: expected a value\n", arg.c_str());
+            exit(1);
+        } else {
+            handle(*opt, arg.c_str(), argv[++i]);
+        }
+    }
+    argc = n_left;
+
+    if (given) {
+        const llama_fasa_params fasa = llama_fasa_get_params();
+        fprintf(stderr, "fasa: mode %s, budget %s, sink %s, recent %s, max batch %s\n", mode_name(fasa.mode),
+                count_name(fasa.budget, 0).c_str(), count_name(fasa.n_sink, -1).c_str(),
+                count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str());
+    }
+}
+
+void fasa_bench_stats(const llama_context * ctx) {
+    const llama_fasa_info info = llama_fasa_get_info(ctx);
+    if (!info.active) {
+        return;
+    }
+    const llama_fasa_stats stats = llama_fasa_get_stats(ctx);
+    fprintf(stderr,
+            "fasa: budget %d, layers %d sparse %d dense, n_tip %d to %d, index %" PRIu64 " bytes, kv %" PRIu64 " bytes, "
+            "steps %" PRIu64 " sparse %" PRIu64 " dense %" PRIu64 " prefill, index rebuilt %" PRIu64 " times\n",
+            info.budget, info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.index_bytes,
+            info.kv_bytes, stats.n_step_sparse, stats.n_step_dense, stats.n_step_prefill, stats.n_index_rebuild);
+}
+
+void fasa_bench_error() {
+    const std::string error = llama_fasa_last_error();
+    if (!error.empty()) {
+        fprintf(stderr, "fasa: %s\n", error.c_str());
+    }
+}
