@@ -1,0 +1,23 @@
+# Reads LLAMA_CPP_PIN ("key = value" lines) into FASA_PIN_<KEY>, and our version from pyproject.toml.
+
+set(FASA_PIN_FILE "${CMAKE_CURRENT_LIST_DIR}/../LLAMA_CPP_PIN")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${FASA_PIN_FILE}")
+file(STRINGS "${FASA_PIN_FILE}" lines REGEX "^[a-z0-9]+ *= *[^ ]")
+foreach(line IN LISTS lines)
+    string(REGEX MATCH "^([a-z0-9]+) *= *(.*[^ ]) *$" _ "${line}")
+    string(TOUPPER "${CMAKE_MATCH_1}" key)
+    set(FASA_PIN_${key} "${CMAKE_MATCH_2}")
+endforeach()
+foreach(key PACKAGE VERSION SHA256 SUBDIR COMMIT)
+    if(NOT FASA_PIN_${key})
+        string(TOLOWER ${key} key)
+        message(FATAL_ERROR "LLAMA_CPP_PIN has no line '${key} = ...'.")
+    endif()
+endforeach()
+
+set(FASA_VERSION "0.0.0")
+if(EXISTS "${CMAKE_CURRENT_LIST_DIR}/../pyproject.toml")
+    file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/../pyproject.toml" line REGEX "^version *= *\"" LIMIT_COUNT 1)
+    string(REGEX MATCH "\"([^\"]+)\"" _ "${line}")
+    set(FASA_VERSION "${CMAKE_MATCH_1}")
+endif()
