@@ -1,0 +1,295 @@
+"""Each stage of the op on the CPU, reference and fast path, against the NumPy oracle."""
+
+import numpy as np
+import pytest
+from oracle import fasa_oracle as oracle
+from support import shapes, tolerances
+from support.native import ggml, pointer
+
+TILE = oracle.TILE
+PATHS = pytest.mark.parametrize("use_ref", [True, False], ids=["ref", "fast"])
+NAN16 = np.float16(np.nan)
+
+
+def run_tip(q, index, mask, use_ref):
+    """Stage tip through C; outputs and scratch start as NaN, and must not be written past their ends."""
+    ffi, lib = ggml()
+    n_group, n_dim = q.shape
+    n_kv = len(mask)
+    scratch = np.full(n_group * shapes.pad(n_kv) + TILE, np.nan, np.float32)
+    scores = np.full(n_kv + TILE, np.nan, np.float32)
+    lib.ggml_fasa_cpu_tip(
+        pointer(q, "float *"), n_group, n_dim, pointer(index, "ggml_fp16_t *"), pointer(mask, "void *"),
+        mask.dtype == np.float16, n_kv, pointer(scratch, "float *"), pointer(scores, "float *"), use_ref,
+    )  # fmt: skip
+    assert np.isnan(scores[n_kv:]).all(), "tip wrote past its scores"
+    assert np.isnan(scratch[-TILE:]).all(), "tip wrote past its scratch"
+    return scores[:n_kv]
+
+
+def run_select(scores, budget, use_ref):
+    """Stage select through C: the cells."""
+    ffi, lib = ggml()
+    n_out = min(budget, len(scores))
+    cells = np.full(n_out + TILE, -7, np.int32)
+    n = lib.ggml_fasa_cpu_select(pointer(scores, "float *"), len(scores), budget, pointer(cells, "int32_t *"), use_ref)
+    assert 0 <= n <= n_out
+    assert (cells[n_out:] == -7).all(), "select wrote past its output"
+    return cells[:n]
+
+
+def run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=None):
+    """Stage fac through C; k and v are [N, G, D] caches of which head 0 is attended to."""
+    ffi, lib = ggml()
+    n_group, d_v = len(q), v.shape[2]
+    out_stride = out_stride or d_v
+    scratch = np.full(n_group * max(len(cells), 1) + TILE, np.nan, np.float32)
+    out = np.full((n_group, out_stride), np.nan, np.float32)
+    lib.ggml_fasa_cpu_fac(
+        pointer(q, "float *"), n_group, q.shape[1], pointer(k, "void *"), k.strides[0], pointer(v, "void *"), v.strides[0],
+        k.shape[2], d_v, pointer(cells, "int32_t *"), len(cells), scale, softcap,
+        pointer(sinks, "float *"), pointer(scratch, "float *"), pointer(out, "float *"), out_stride, use_ref,
+    )  # fmt: skip
+    assert np.isnan(out[:, d_v:]).all(), "fac wrote between its heads"
+    assert np.isnan(scratch[-TILE:]).all(), "fac wrote past its scratch"
+    return out[:, :d_v]
+
+
+def assert_scores(actual, expected):
+    """Scores agree: exactly where infinite, to the table's tolerances elsewhere."""
+    infinite = np.isinf(expected)
+    assert np.array_equal(actual[infinite], expected[infinite].astype(np.float32))
+    actual, expected = actual[~infinite], expected[~infinite]
+    assert tolerances.nmse(actual, expected) <= tolerances.TIP_NMSE
+    large = expected > tolerances.TIP_RELATIVE_FLOOR
+    assert np.all(np.abs(actual - expected)[large] <= tolerances.TIP_RELATIVE * expected[large])
+
+
+# index_cache
+
+
+@pytest.mark.parametrize("d", shapes.HEAD_SIZES)
+def test_index_write_copies_the_dims_of_a_row(rng, d):
+    _, lib = ggml()
+    n_cells = 3 * TILE
+    for n_dim in {2, 8, d // 2, d}:
+        dims = shapes.dims(rng, 1, n_dim, d)
+        k = shapes.f16(rng, 1, n_cells, 1, d)
+        cells = rng.permutation(n_cells)[: n_cells // 2]
+        index = np.full((1, 1, n_cells // TILE, n_dim, TILE), NAN16)
+        expected = oracle.index_cache(k, cells, index, dims)
+        for cell in cells:
+            lib.ggml_fasa_cpu_index_write(
+                pointer(k[0, cell, 0], "ggml_fp16_t *"), pointer(dims[0], "int32_t *"), n_dim, int(cell),
+                pointer(index, "ggml_fp16_t *"),
+            )  # fmt: skip
+        assert np.array_equal(index.view(np.uint16), expected.view(np.uint16))
+
+
+# tip
+
+
+@PATHS
+@pytest.mark.parametrize("n_group", shapes.GROUPS)
+@pytest.mark.parametrize("mask_type", [np.float16, np.float32], ids=["mask_f16", "mask_f32"])
+def test_tip(rng, n_group, mask_type, use_ref):
+    for n_kv in (1, 2, 31, 32, 33, 63, 65, 255, 997, 4097):
+        n_dim = int(rng.choice([2, 4, 6, 8, 16, 24, 32, 34, 64]))
+        index = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE)
+        q = shapes.f32(rng, n_group, n_dim) * np.float32(rng.choice([0.05, 0.3, 1.0]))
+        mask = shapes.mask(rng, n_kv, mask_type)
+        assert_scores(run_tip(q, index, mask, use_ref), oracle.tip(q, index, mask))
+
+
+@PATHS
+@pytest.mark.parametrize("n_dim", range(2, 66, 2))
+def test_tip_every_number_of_dims(rng, n_dim, use_ref):
+    n_kv = 200
+    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 3, n_dim)
+    mask = shapes.mask(rng, n_kv, np.float32)
+    assert_scores(run_tip(q, index, mask, use_ref), oracle.tip(q, index, mask))
+
+
+@PATHS
+def test_tip_skips_what_hidden_cells_hold(rng, use_ref):
+    """Stale cells may hold anything: NaN and infinities there change no score."""
+    n_kv, n_dim = 300, 16
+    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 4, n_dim)
+    mask = shapes.mask(rng, n_kv, np.float16, hidden=0.5)
+    mask[64:160] = -np.inf  # whole tiles, too
+    clean = run_tip(q, index, mask, use_ref)
+    stale = np.append(np.flatnonzero(np.isinf(mask)), np.arange(n_kv, shapes.pad(n_kv)))  # and past the end
+    for bad in (np.nan, np.inf, -np.inf):
+        index[stale // TILE, :, stale % TILE] = bad
+        assert np.array_equal(run_tip(q, index, mask, use_ref), clean)
+    assert_scores(clean, oracle.tip(q, index, mask))
+
+
+@PATHS
+def test_tip_masks_of_one_kind(rng, use_ref):
+    """All hidden, all visible, all forced, and one visible cell only."""
+    n_kv, n_dim = 100, 8
+    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 3, n_dim)
+    for value in (-np.inf, 0.0, -0.0):
+        mask = np.full(n_kv, value, np.float32)
+        assert_scores(run_tip(q, index, mask, use_ref), oracle.tip(q, index, mask))
+    for cell in (0, 31, 32, 99):
+        mask = np.full(n_kv, -np.inf, np.float32)
+        mask[cell] = 0.0
+        scores = run_tip(q, index, mask, use_ref)
+        assert scores[cell] == pytest.approx(3.0) and np.isneginf(np.delete(scores, cell)).all()
+
+
+@PATHS
+def test_tip_survives_large_logits(rng, use_ref):
+    """The softmax is taken after its maximum is subtracted: logits of thousands overflow nothing."""
+    n_kv, n_dim = 200, 16
+    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 3, n_dim) * 300
+    mask = np.zeros(n_kv, np.float16)
+    scores = run_tip(q, index, mask, use_ref)
+    assert np.isfinite(scores).all() and scores.sum() == pytest.approx(3.0, rel=1e-4)
+    assert scores.argmax() == oracle.tip(q, index, mask).argmax()
+
+
+@PATHS
+def test_tip_of_equal_cells_is_equal(rng, use_ref):
+    """Equal index rows get equal scores wherever they lie, else the tie rule would mean nothing."""
+    n_dim = 16
+    for n_kv in (33, 100, 1000):
+        row, q = shapes.f16(rng, n_dim), shapes.f32(rng, 3, n_dim)
+        index = np.repeat(np.tile(row[None, :, None], (shapes.pad(n_kv) // TILE, 1, 1)), TILE, axis=2)
+        scores = run_tip(q, np.ascontiguousarray(index), np.zeros(n_kv, np.float32), use_ref)
+        assert (scores == scores[0]).all()
+
+
+# select
+
+
+@PATHS
+@pytest.mark.parametrize("budget", shapes.BUDGETS)
+@pytest.mark.parametrize("kind", ["random", "quantised", "equal", "masked", "softmax", "ascending", "descending"])
+def test_select(rng, budget, kind, use_ref):
+    for n_kv in shapes.around(budget):
+        scores = {
+            "random": lambda n: rng.random(n),
+            "quantised": lambda n: rng.integers(0, 5, n).astype(np.float32) / 4,
+            "equal": lambda n: np.full(n, 0.25, np.float32),
+            "masked": lambda n: np.where(rng.random(n) < 0.3, shapes.mask(rng, n, np.float32, 0.6), 0.5),
+            "softmax": lambda n: np.exp(10 * shapes.f32(rng, n)),
+            "ascending": lambda n: np.arange(n),
+            "descending": lambda n: np.arange(n, 0, -1),
+        }[kind](n_kv).astype(np.float32)
+        if kind == "masked":  # some always selected, fewer than the budget
+            forced = rng.permutation(n_kv)[: min(n_kv, budget) // 2]
+            scores[forced] = np.inf
+        expected = oracle.select(scores, budget)
+        actual = run_select(scores, budget, use_ref)
+        assert np.array_equal(actual, expected), f"n_kv {n_kv}"
+
+
+@PATHS
+def test_select_tie_at_the_budget_goes_to_the_lower_cell(use_ref):
+    """The boundary value occurs before, at and after the cut."""
+    scores = np.array([1, 2, 1, 3, 1, 1, 2, 1, 0, 1], np.float32)
+    assert run_select(scores, 5, use_ref).tolist() == [0, 1, 2, 3, 6]
+    assert run_select(scores, 4, use_ref).tolist() == [0, 1, 3, 6]
+    assert run_select(np.zeros(70, np.float32), 33, use_ref).tolist() == list(range(33))
+
+
+@PATHS
+def test_select_forced_cells_come_first_and_hidden_never(use_ref):
+    scores = np.array([-np.inf, 9, np.inf, 8, -np.inf, np.inf, 7, np.inf], np.float32)
+    assert run_select(scores, 3, use_ref).tolist() == [2, 5, 7]
+    assert run_select(scores, 5, use_ref).tolist() == [1, 2, 3, 5, 7]
+    assert run_select(scores, 8, use_ref).tolist() == [1, 2, 3, 5, 6, 7]
+    assert run_select(np.full(5, -np.inf, np.float32), 3, use_ref).tolist() == []
+    assert run_select(np.full(5, np.inf, np.float32), 3, use_ref).tolist() == [0, 1, 2]
+
+
+@PATHS
+def test_select_tells_zeros_and_tiny_scores_apart(rng, use_ref):
+    """Softmax scores span many decades, down to denormals and zero."""
+    scores = np.zeros(600, np.float32)
+    scores[rng.permutation(600)[:40]] = np.float32(1e-42) * rng.integers(1, 1000, 40).astype(np.float32)
+    for budget in (1, 20, 40, 41, 100, 599):
+        assert np.array_equal(run_select(scores, budget, use_ref), oracle.select(scores, budget))
+
+
+@PATHS
+def test_no_cells_at_all(use_ref):
+    """n_kv = 0: nothing is scored, nothing is selected."""
+    nothing = np.zeros(0, np.float32)
+    assert len(run_tip(np.ones((3, 8), np.float32), np.zeros((0, 8, TILE), np.float16), nothing, use_ref)) == 0
+    assert len(run_select(nothing, 5, use_ref)) == 0
+
+
+@PATHS
+def test_select_random_shapes(rng, use_ref):
+    for _ in range(60):
+        n_kv, budget, levels = int(rng.integers(1, 6000)), int(rng.integers(1, 700)), int(rng.integers(1, 3000))
+        scores = np.exp(-rng.integers(0, levels, n_kv) / 50).astype(np.float32)
+        scores[rng.random(n_kv) < rng.random()] = -np.inf
+        actual = run_select(scores, budget, use_ref)
+        assert np.array_equal(actual, oracle.select(scores, budget)), f"n_kv {n_kv}, budget {budget}, levels {levels}"
+
+
+# fac
+
+
+@PATHS
+@pytest.mark.parametrize("n_group", shapes.GROUPS)
+@pytest.mark.parametrize("d", shapes.HEAD_SIZES)
+def test_fac(rng, d, n_group, use_ref):
+    n_kv, n_head_kv = 600, 2
+    for n_cells in (1, 2, 31, 32, 33, 63, 257, n_kv):
+        d_v = int(rng.choice([d, d, 32, 64, 72, 128]))
+        q = shapes.f32(rng, n_group, d)
+        k, v = shapes.f16(rng, n_kv, n_head_kv, d), shapes.f16(rng, n_kv, n_head_kv, d_v)
+        cells = np.sort(rng.permutation(n_kv)[:n_cells]).astype(np.int32)
+        left_out = np.setdiff1d(np.arange(n_kv), cells)
+        k[left_out], v[left_out] = np.nan, np.nan  # stale rows are not read
+        sinks = shapes.f32(rng, n_group) if rng.random() < 0.5 else None
+        softcap = float(rng.choice([0.0, 0.0, 5.0, 30.0]))
+        scale = float(rng.choice([d**-0.5, 1.0, 0.01]))
+        actual = run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=d_v + 8)
+        expected = oracle.fac(q, k[:, 0], v[:, 0], cells, scale, softcap, sinks)
+        assert tolerances.nmse(actual, expected) <= tolerances.FAC_NMSE, f"cells {n_cells}, d_v {d_v}, cap {softcap}"
+
+
+@PATHS
+@pytest.mark.parametrize("d", [*range(1, 12), 33, 40, 72, 112, 192, 200, 576])
+def test_fac_every_head_size(rng, d, use_ref):
+    """Head sizes that no vector width divides, too."""
+    q, cells = shapes.f32(rng, 3, d), np.arange(0, 90, 2, dtype=np.int32)
+    k, v = shapes.f16(rng, 90, 1, d), shapes.f16(rng, 90, 1, d)
+    actual = run_fac(q, k, v, cells, d**-0.5, 0.0, None, use_ref)
+    assert tolerances.nmse(actual, oracle.fac(q, k[:, 0], v[:, 0], cells, d**-0.5)) <= tolerances.FAC_NMSE
+
+
+@PATHS
+def test_fac_without_cells_is_zero(rng, use_ref):
+    """Attention sinks alone give zeros, too."""
+    q, k, v = shapes.f32(rng, 3, 64), shapes.f16(rng, 8, 1, 64), shapes.f16(rng, 8, 1, 64)
+    for sinks in (None, shapes.f32(rng, 3)):
+        assert (run_fac(q, k, v, np.zeros(0, np.int32), 1.0, 0.0, sinks, use_ref) == 0).all()
+
+
+@PATHS
+def test_fac_keeps_accuracy_over_many_cells(rng, use_ref):
+    """Values of one sign over thousands of cells: f16 accumulation would lose them."""
+    q, k = shapes.f32(rng, 4, 64) * np.float32(0.05), shapes.f16(rng, 5000, 1, 64)
+    v = np.abs(shapes.f16(rng, 5000, 1, 64)) + np.float16(1)
+    cells = np.arange(5000, dtype=np.int32)
+    actual = run_fac(q, k, v, cells, 0.125, 0.0, None, use_ref)
+    assert np.allclose(actual, oracle.fac(q, k[:, 0], v[:, 0], cells, 0.125), rtol=2e-5)
+
+
+@PATHS
+def test_fac_survives_large_logits(rng, use_ref):
+    """Logits of thousands, and a sink larger than any of them."""
+    q, k, v = shapes.f32(rng, 3, 64) * 100, shapes.f16(rng, 200, 1, 64), shapes.f16(rng, 200, 1, 64)
+    cells = np.arange(200, dtype=np.int32)
+    for sinks in (None, np.array([1e4, 0, -1e4], np.float32)):
+        expected = oracle.fac(q, k[:, 0], v[:, 0], cells, 1.0, 0.0, sinks)
+        # logits of 1e3 are off by 1e3 * eps32 * sqrt(64) = 5e-4, and so are the weights, relatively
+        assert np.allclose(run_fac(q, k, v, cells, 1.0, 0.0, sinks, use_ref), expected, atol=5e-3)
