@@ -1,0 +1,175 @@
+"""The command fasa-calibrate."""
+
+import argparse
+import contextlib
+import os
+import sys
+from importlib import resources
+
+from tqdm import tqdm
+
+from . import __version__
+from .calibrate import DEFAULT_N_TIP, Options, calibrate, sha256_text
+from .criteria import CRITERIA, Rules
+from .errors import CalibrateError
+from .gguf_file import read_gguf
+from .metadata import PREFIX, fasa_keys
+from .native import load_llama_cpp
+from .observe import Model
+from .write import termination_as_exception, write_keys
+
+BUILTIN_TEXT = "calibration_text.txt"
+MAX_U32 = (1 << 32) - 1
+
+
+def build_parser():
+    def integer(low, high=1 << 24):
+        def parse(text):
+            value = int(text)
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"must be {low} to {high}")
+            return value
+
+        parse.__name__ = "integer"  # what argparse calls it in messages
+        return parse
+
+    n_tip = ", ".join(f"{n} for heads of up to {limit} dims" for limit, n in DEFAULT_N_TIP[:-1])
+    n_tip += f", {DEFAULT_N_TIP[-1][1]} for larger ones"
+    options, rules = Options(), Rules()
+    parser = argparse.ArgumentParser(
+        prog="fasa-calibrate",
+        description="Runs a text through a GGUF model, chooses the dominant frequency chunks (FCs) of every KV head"
+        " and stores them in the file as fasa.* keys (docs/metadata.md). Tensors are not touched.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL.gguf", help="the model; rewritten in place unless -o is given")
+    add("-o", "--output", metavar="OUT.gguf", help="write a copy and leave the model alone")
+    add("--force", action="store_true", help="let -o replace an existing file")
+    add("--remove", action="store_true", help="remove the fasa.* keys instead of writing them")
+    add("--text", metavar="FILE", help="calibration text, UTF-8 (default: a built-in one)")
+    add("--criterion", choices=CRITERIA, default=options.criterion,
+        help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
+        " paper's contextual agreement; random, a control (default: %(default)s)")
+    add("--n-tip", type=integer(1, 4096), metavar="N", help=f"FCs per head (default: {n_tip})")
+    add("--n-ctx", type=integer(1), metavar="N", default=options.n_ctx,
+        help="most tokens of the text to use (default: %(default)s)")
+    add("--n-query", type=integer(1), metavar="N", default=options.n_query,
+        help="query positions to look at (default: %(default)s)")
+    add("--budget", type=integer(1), metavar="N", default=rules.budget,
+        help="tokens kept per query that is assumed while choosing (default: %(default)s)")
+    add("--sink", type=integer(0), metavar="N", default=rules.n_sink,
+        help="first tokens that are always kept, stored as a recommendation (default: %(default)s)")
+    add("--recent", type=integer(0), metavar="N", default=rules.n_recent,
+        help="last tokens that are always kept, stored as a recommendation (default: %(default)s)")
+    add("--store-budget", type=integer(1), metavar="N",
+        help="store N as the recommended budget, with which the runtime switches FASA on by itself (default: none)")
+    add("--dense-layers", type=integer(0), metavar="N", default=options.dense_layers,
+        help="first layers that stay dense (default: %(default)s)")
+    add("--seed", type=integer(0, MAX_U32), metavar="N", default=options.seed,
+        help="of the query positions and of --criterion random (default: %(default)s)")
+    add("--threads", type=integer(1, 4096), metavar="N", default=_n_cpu(),
+        help="threads to use (default: all, here %(default)s)")
+    add("--n-gpu-layers", type=integer(0), metavar="N", default=0, help="layers to run on the GPU (default: none)")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--verbose", action="store_true", help="show the log of llama.cpp")
+    add("--version", action="version", version=f"fasa-calibrate {__version__}")
+    return parser
+
+
+def _n_cpu():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 1 after an error, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        with termination_as_exception():
+            _run(args)
+    except CalibrateError as err:
+        print(f"fasa-calibrate: error: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fasa-calibrate: interrupted, nothing was changed", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args):
+    rules = Rules(args.budget, args.sink, args.recent)
+    if rules.n_free < 1 or (args.store_budget or args.budget) <= args.sink + args.recent:
+        raise CalibrateError("--budget and --store-budget must be larger than --sink plus --recent")
+    target = _target(args)
+    gguf = read_gguf(args.model)
+    _check_model(gguf)
+    if args.remove:
+        keys = []
+        note = f"removed {sum(name.startswith(PREFIX) for name in gguf.keys)} keys"
+    else:
+        keys, note = _calibrate(args, gguf, rules)
+    with _bar(args, "writing", gguf.size - gguf.data_start, unit="B", unit_scale=True) as bar:
+        write_keys(gguf, target, keys, bar.update)
+    if not args.quiet:
+        print(f"{note}; wrote {target}")
+
+
+def _target(args):
+    target = args.output or args.model
+    if os.path.isdir(target):
+        raise CalibrateError(f"'{target}' is a directory")
+    folder = os.path.dirname(os.path.realpath(target))
+    if not os.path.isdir(folder):
+        raise CalibrateError(f"there is no directory '{folder}'")
+    if not os.access(folder, os.W_OK):
+        raise CalibrateError(f"the directory '{folder}' is not writable")
+    if os.path.exists(target) and not args.force and os.path.realpath(target) != os.path.realpath(args.model):
+        raise CalibrateError(f"'{target}' exists; --force replaces it")
+    return target
+
+
+def _check_model(gguf):
+    arch = gguf.get("general.architecture")
+    if not isinstance(arch, str):
+        raise CalibrateError("the GGUF file does not say its architecture")
+    if not gguf.tensors:
+        raise CalibrateError("the GGUF file holds no tensors")
+    n_split = gguf.get("split.count", 0)
+    if isinstance(n_split, int) and n_split > 1:
+        raise CalibrateError("this is one part of a split model; join the parts with llama-gguf-split --merge first")
+    if f"{arch}.attention.kv_lora_rank" in gguf.keys:
+        raise CalibrateError("this model uses multi-head latent attention (MLA), which FASA does not support")
+
+
+def _read_text(path):
+    if path is None:
+        text = resources.files(__package__).joinpath(BUILTIN_TEXT).read_text(encoding="utf-8")
+        return text, f"built-in {__version__}"
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read(), os.path.basename(path)
+    except OSError as err:
+        raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
+    except UnicodeDecodeError:
+        raise CalibrateError(f"'{path}' is not UTF-8 text") from None
+
+
+def _calibrate(args, gguf, rules):
+    text, text_name = _read_text(args.text)
+    options = Options(args.criterion, args.n_tip, rules, args.n_ctx, args.n_query, args.dense_layers, args.seed)
+    llama_cpp = load_llama_cpp()
+    with Model(llama_cpp, args.model, args.n_gpu_layers, progress=lambda done: None, verbose=args.verbose) as model:
+        with _bar(args, "calibrating", model.n_layer, unit="layer") as bar:
+            result = calibrate(model, text, options, args.threads, bar.update)
+    if not args.quiet and result.n_tokens < args.n_ctx:
+        print(f"used {result.n_tokens} tokens, less than --n-ctx {args.n_ctx}: the text or the model allows no more")
+    keys = fasa_keys(gguf, result, options, text_name, sha256_text(text), args.store_budget)
+    n_tip = {len(heads[0]) for heads in result.fcs.values()}
+    note = (
+        f"calibrated {len(result.fcs)} of {result.n_layer} layers with {'/'.join(map(str, sorted(n_tip)))} FCs per head"
+        f" on {result.n_tokens} tokens"
+    )
+    return keys, note
+
+
+def _bar(args, what, total, **kwargs):
+    return contextlib.closing(tqdm(total=total, desc=what, disable=args.quiet, **kwargs))

@@ -1,0 +1,190 @@
+"""Reads the layout of a GGUF file: where each key and each tensor lies. GGUF is untrusted: every length is checked."""
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass, field
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from .errors import CalibrateError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+
+STRING, ARRAY = 8, 9
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_MAX_DIMS = 4
+_MAX_NAME = 65535
+_MAX_ARRAY_DEPTH = 4
+
+
+@dataclass
+class Key:
+    name: str
+    type: int
+    start: int  # of the whole entry, name included, in the file
+    end: int
+    value_at: int
+
+
+@dataclass
+class TensorInfo:
+    name: str
+    type: int
+    shape: tuple  # ne[0] first
+    offset: int  # from the start of the file
+    n_bytes: int
+
+
+@dataclass
+class GgufFile:
+    """What a rewrite needs to know of a file; `keys` and `tensors` are in file order."""
+
+    path: str
+    version: int
+    size: int
+    infos_start: int
+    infos_end: int
+    data_start: int
+    alignment: int
+    keys: dict = field(default_factory=dict)
+    tensors: list = field(default_factory=list)
+    values: dict = field(default_factory=dict)
+
+    def get(self, name, default=None):
+        """The value of a key: a scalar, a str, or a list of scalars. Arrays of strings or arrays are not decoded."""
+        return self.values.get(name, default)
+
+
+class _Reader:
+    def __init__(self, data, size):
+        self.data, self.size, self.at = data, size, 0
+
+    def need(self, n):
+        if n > self.size - self.at:
+            raise CalibrateError("the GGUF file is truncated or damaged")
+
+    def unpack(self, fmt):
+        n = struct.calcsize(fmt)
+        self.need(n)
+        value = struct.unpack_from(fmt, self.data, self.at)[0]
+        self.at += n
+        return value
+
+    def take(self, n):
+        self.need(n)
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def string(self, limit=None):
+        n = self.unpack("<Q")
+        if limit is not None and n > limit:
+            raise CalibrateError("the GGUF file is damaged: a name is too long")
+        return self.take(n)
+
+    def name(self):
+        try:
+            return self.string(_MAX_NAME).decode("utf-8")
+        except UnicodeDecodeError:
+            raise CalibrateError("the GGUF file is damaged: a name is not UTF-8") from None
+
+    def value(self, kind, depth=0):
+        if kind in _SCALARS:
+            return self.unpack(_SCALARS[kind])
+        if kind == STRING:
+            return self.string().decode("utf-8", "replace")
+        if kind != ARRAY or depth > _MAX_ARRAY_DEPTH:
+            raise CalibrateError("the GGUF file is damaged: a key has an unknown type")
+        item, count = self.unpack("<I"), self.unpack("<Q")
+        if item in _SCALARS:
+            size = struct.calcsize(_SCALARS[item])
+            if count > (self.size - self.at) // size:
+                raise CalibrateError("the GGUF file is truncated or damaged")
+            return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", self.take(count * size)))
+        if count > (self.size - self.at) // 8:
+            raise CalibrateError("the GGUF file is truncated or damaged")
+        for _ in range(count):
+            if item == STRING:
+                self.take(self.unpack("<Q"))
+            else:
+                self.value(item, depth + 1)
+        return None
+
+
+def _tensor_bytes(name, kind, shape):
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        raise CalibrateError(f"tensor '{name}' has an unknown type ({kind})") from None
+    if shape[0] % block:
+        raise CalibrateError(f"the GGUF file is damaged: rows of tensor '{name}' are no whole number of blocks")
+    n = shape[0] // block * size
+    for dim in shape[1:]:
+        n *= dim
+    return n
+
+
+def read_gguf(path):
+    """Parses header, keys and tensor table of a little-endian GGUF file of version 2 or 3."""
+    try:
+        size = os.path.getsize(path)
+        if os.path.isdir(path):
+            raise CalibrateError(f"'{path}' is a directory")
+        with open(path, "rb") as file:
+            if size < 24 or file.read(4) != MAGIC:
+                raise CalibrateError(f"'{path}' is not a GGUF file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parse(path, data, size)
+    except OSError as err:
+        raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
+
+
+def _parse(path, data, size):
+    reader = _Reader(data, size)
+    reader.at = 4
+    version = reader.unpack("<I")
+    if version not in VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        if swapped in VERSIONS:
+            raise CalibrateError("big-endian GGUF files are not supported")
+        raise CalibrateError(f"GGUF version {version} is not supported")
+    n_tensors, n_keys = reader.unpack("<Q"), reader.unpack("<Q")
+    # the smallest entry of either table takes more than 12 bytes
+    if n_tensors > size // 12 or n_keys > size // 12:
+        raise CalibrateError("the GGUF file is damaged: it claims more entries than it has bytes")
+    gguf = GgufFile(path, version, size, 0, 0, 0, DEFAULT_ALIGNMENT)
+    for _ in range(n_keys):
+        start = reader.at
+        name = reader.name()
+        kind = reader.unpack("<I")
+        value_at = reader.at
+        value = reader.value(kind)
+        if name in gguf.keys:
+            raise CalibrateError(f"the GGUF file is damaged: key '{name}' occurs twice")
+        gguf.keys[name] = Key(name, kind, start, reader.at, value_at)
+        if value is not None:
+            gguf.values[name] = value
+    gguf.infos_start = reader.at
+    raw = []
+    for _ in range(n_tensors):
+        name = reader.name()
+        n_dims = reader.unpack("<I")
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise CalibrateError(f"the GGUF file is damaged: tensor '{name}' has {n_dims} dimensions")
+        shape = tuple(reader.unpack("<Q") for _ in range(n_dims))
+        kind, offset = reader.unpack("<I"), reader.unpack("<Q")
+        raw.append((name, kind, shape, offset))
+    gguf.infos_end = reader.at
+    alignment = gguf.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise CalibrateError("the GGUF file is damaged: general.alignment is no power of two")
+    gguf.alignment = alignment
+    gguf.data_start = -(-gguf.infos_end // alignment) * alignment
+    for name, kind, shape, offset in raw:
+        n_bytes = _tensor_bytes(name, kind, shape)
+        if offset % alignment or gguf.data_start + offset + n_bytes > size:
+            raise CalibrateError(f"the GGUF file is truncated or damaged: tensor '{name}' lies outside of it")
+        gguf.tensors.append(TensorInfo(name, kind, shape, gguf.data_start + offset, n_bytes))
+    return gguf

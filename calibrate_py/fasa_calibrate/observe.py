@@ -1,0 +1,238 @@
+"""Stage calibrate, first half: runs a text through llama.cpp and hands over post-RoPE q and K, one layer at a time."""
+
+import contextlib
+import ctypes
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import CalibrateError
+from .native import Tensors
+
+ROPE_NAMES = {0: "norm", 2: "neox"}  # LLAMA_ROPE_TYPE_*
+_K_CACHE = re.compile(rb"cache_k_l(\d+)$")
+_FLASH_ATTN_ENABLED = 1
+_TYPE_F16 = 1
+
+
+@dataclass
+class Attention:
+    """What one layer's attention saw. H query heads, G KV heads, Q sampled queries, N tokens, D head size."""
+
+    layer: int
+    q: np.ndarray  # F32 [Q, H, D] after RoPE
+    k: np.ndarray  # F16 [G, N, D] as cached
+    sinks: np.ndarray  # F32 [H] or None
+    scale: float
+    softcap: float
+    rope: str  # "norm" or "neox", None where the layer has no rotary embedding
+    n_rot: int
+    full: bool  # whether every query sees all tokens before it
+
+
+class Model:
+    """A GGUF loaded by llama.cpp for one dense pass over a text. A context manager."""
+
+    def __init__(self, llama_cpp, path, n_gpu_layers=0, progress=None, verbose=False):
+        self._lib = llama_cpp
+        self._tensors = Tensors(llama_cpp)
+        self._interrupt = None
+        # an object the C side calls must outlive every call
+        self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        if not verbose:
+            llama_cpp.llama_log_set(self._log, None)
+        _switch_fasa_off(llama_cpp)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self._progress = type(params.progress_callback)(self._guard(lambda done, data: progress(done)))
+        if progress is not None:
+            params.progress_callback = self._progress
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self._raise_interrupt()
+        if not self._model:
+            raise CalibrateError("llama.cpp cannot load this model (--verbose shows its reason)")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._lib.llama_model_free(self._model)
+        self._model = None
+
+    def _guard(self, function):
+        """A callback that stops the native side on any exception, which is raised again after the native call."""
+
+        def call(*args):
+            try:
+                function(*args)
+            except BaseException as err:  # also KeyboardInterrupt: C code must not be unwound
+                self._interrupt = self._interrupt or err
+            return self._interrupt is None
+
+        return call
+
+    def _raise_interrupt(self):
+        if self._interrupt is not None:
+            raise self._interrupt
+
+    @property
+    def n_layer(self):
+        return self._lib.llama_model_n_layer(self._model)
+
+    @property
+    def n_ctx_train(self):
+        return self._lib.llama_model_n_ctx_train(self._model)
+
+    @property
+    def rope(self):
+        """`norm` or `neox`; anything else is refused."""
+        kind = self._lib.llama_model_rope_type(self._model)
+        if kind not in ROPE_NAMES:
+            raise CalibrateError("this model has no rotary embedding of the norm or neox kind")
+        return ROPE_NAMES[kind]
+
+    def tokenize(self, text):
+        """I32 token ids of a str, special tokens as the model wants them."""
+        vocab = self._lib.llama_model_get_vocab(self._model)
+        data = text.encode()
+        tokens = (ctypes.c_int32 * (len(data) + 8))()
+        n = self._lib.llama_tokenize(vocab, data, len(data), tokens, len(tokens), True, False)
+        if n < 0:
+            raise CalibrateError("the text could not be tokenized")
+        return np.array(tokens[:n], np.int32)
+
+    def attentions(self, tokens, positions, visit, n_threads):
+        """Evaluates tokens densely and calls visit(Attention) for each layer that keeps K of its own, in order.
+
+        positions: ascending indices of the queries to hand over. Only one layer's data exists at a time.
+        """
+        lib, n_tokens = self._lib, len(tokens)
+        params = lib.llama_context_default_params()
+        params.n_batch = params.n_ubatch = n_tokens
+        params.n_ctx = -(-n_tokens // 256) * 256
+        n_swa = lib.llama_model_n_swa(self._model)
+        if n_swa > 0:
+            # large enough that the cache of a sliding-window layer is smaller than the others, which identifies it
+            params.n_ctx += -(-n_swa // 256) * 256 + 256
+        params.n_seq_max = params.n_outputs_max = 1
+        params.n_threads = params.n_threads_batch = n_threads
+        params.flash_attn_type = _FLASH_ATTN_ENABLED
+        params.type_k = params.type_v = _TYPE_F16
+        params.swa_full = False
+        graph = _Graph(self._tensors, n_tokens, np.asarray(positions), self.rope, visit)
+        params.cb_eval = lib.ggml_backend_sched_eval_callback(self._on_node(graph))
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise CalibrateError("llama.cpp cannot run this model with flash attention (--verbose shows its reason)")
+        with contextlib.ExitStack() as stack:
+            stack.callback(lib.llama_free, context)
+            graph.n_cells = lib.llama_n_ctx(context)
+            ids = (ctypes.c_int32 * n_tokens)(*tokens)
+            status = lib.llama_decode(context, lib.llama_batch_get_one(ids, n_tokens))
+            self._raise_interrupt()
+            if status != 0:
+                raise CalibrateError("llama.cpp failed to evaluate the calibration text")
+
+    def _on_node(self, graph):
+        def ask(address):
+            nonlocal wanted
+            wanted = graph.wants(address)
+
+        def take(address):
+            graph.take(address)
+
+        wanted = False
+        ask, take = self._guard(ask), self._guard(take)
+
+        def on_node(address, asking, data):
+            if not asking:
+                return take(address) if self._interrupt is None else False
+            # once interrupted, ask for every node: a refusal then ends the evaluation
+            return not ask(address) or wanted
+
+        return on_node
+
+
+class _Graph:
+    """Follows the nodes of one graph in the order of evaluation."""
+
+    def __init__(self, tensors, n_tokens, positions, rope, visit):
+        self.tensors, self.n_tokens, self.positions, self.visit = tensors, n_tokens, positions, visit
+        self.model_rope = rope
+        self.n_cells = 0
+        self.ropes = []  # (n_dims, mode, head size, heads) of the rope nodes since the last attention
+        self.seen = set()
+
+    def wants(self, address):
+        op = self.tensors.op(address)
+        if op == "ROPE":
+            node = self.tensors.at(address)
+            self.ropes.append((node.op_params[1], node.op_params[2], node.ne[0], node.ne[1]))
+        return op == "FLASH_ATTN_EXT"
+
+    def take(self, address):
+        node = self.tensors.at(address)
+        ropes, self.ropes = self.ropes, []
+        q, k, mask, sinks = (node.src[i] for i in (0, 1, 3, 4))
+        if not (q and k and k.contents.view_src):
+            return
+        q, k = q.contents, k.contents
+        cache = k.view_src.contents
+        match = _K_CACHE.match(cache.name)
+        if match is None or int(match[1]) in self.seen:
+            return  # no cache of the usual kind, or one that belongs to an earlier layer
+        layer = int(match[1])
+        self.seen.add(layer)
+        head_size, n_head, n_head_kv = q.ne[0], q.ne[2], k.ne[2]
+        if q.ne[1] != self.n_tokens or q.ne[3] != 1 or k.ne[0] != head_size or n_head % n_head_kv or k.ne[1] < self.n_tokens:
+            raise CalibrateError(f"attention of layer {layer} has a shape that calibration does not know")
+        scale, bias, softcap = np.array(node.op_params[:3], np.int32).view(np.float32)
+        if bias != 0:
+            raise CalibrateError("this model uses ALiBi, not rotary embedding")
+        rope = {(n_dims, mode) for n_dims, mode, *shape in ropes if shape == [head_size, n_head]}
+        if len(rope) > 1:
+            raise CalibrateError(f"layer {layer} rotates its queries more than once")
+        n_rot, mode = rope.pop() if rope else (0, None)
+        self.visit(
+            Attention(
+                layer=layer,
+                q=np.stack([self._row(q, t, (n_head, head_size), (q.nb[2], q.nb[0])) for t in self.positions]),
+                k=self.tensors.read(k, 0, (n_head_kv, self.n_tokens, head_size), (k.nb[2], k.nb[1], k.nb[0])),
+                sinks=self.tensors.read(sinks.contents, 0, (n_head,), (4,)) if sinks else None,
+                scale=float(scale),
+                softcap=float(softcap),
+                rope=ROPE_NAMES.get(mode),
+                n_rot=n_rot,
+                full=cache.ne[1] >= self.n_cells and self._sees_all(mask),
+            )
+        )
+
+    def _row(self, tensor, t, shape, strides):
+        return self.tensors.read(tensor, t * tensor.nb[1], shape, strides)
+
+    def _sees_all(self, mask):
+        if not mask:
+            return False
+        mask = mask.contents
+        for t in self.positions:
+            visible = self._row(mask, t, (self.n_tokens,), (mask.nb[0],)) == 0
+            if not (visible[: t + 1].all() and not visible[t + 1 :].any()):
+                return False
+        return True
+
+
+def _switch_fasa_off(llama_cpp):
+    """A calibrated model must be observed dense, whatever its metadata or the environment ask for."""
+
+    class Params(ctypes.Structure):  # llama_fasa_params
+        _fields_ = [(name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch")]
+
+    try:
+        set_params = llama_cpp.ctypes_function(
+            "llama_fasa_set_params", [ctypes.POINTER(Params)], ctypes.c_int32
+        )(lambda params: 0)
+    except AttributeError:
+        return  # a llama.cpp without FASA
+    set_params(ctypes.byref(Params(mode=0, budget=0, n_sink=-1, n_recent=-1, max_batch=0)))
