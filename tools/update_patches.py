@@ -34,11 +34,9 @@ def files_below(tree: Path, folders: list[str]) -> set[str]:
 
 def diff(pristine: Path, edited: Path, path: str) -> str:
     """The zero-context diff of one file, with a/ and b/ names relative to the tree."""
-    out = subprocess.run(
-        ["git", "-c", "core.quotepath=false", "diff", "--no-index", "--no-color", "--no-ext-diff", "--no-renames", "-U0",
-         "--diff-algorithm=histogram", "--", str(pristine / path), str(edited / path)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    options = ["--no-index", "--no-color", "--no-ext-diff", "--no-renames", "-U0", "--diff-algorithm=histogram"]
+    command = ["git", "diff", *options, "--", str(pristine / path), str(edited / path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
     if out.returncode not in (0, 1):
         sys.exit(f"git diff failed on {path}: {out.stderr.strip()}")
     lines = out.stdout.splitlines(keepends=True)
@@ -62,8 +60,10 @@ def generate(pristine: Path, edited: Path) -> dict[str, str]:
         old, new = files_below(pristine, folders), files_below(edited, folders)
         changed = sorted(p for p in old & new if (pristine / p).read_bytes() != (edited / p).read_bytes())
         if new - old:
-            sys.exit(f"the edited tree has files that upstream has not: {', '.join(sorted(new - old)[:5])}; "
-                     "a patch holds call sites only, put new files into ggml_fasa")  # fmt: skip
+            sys.exit(
+                f"the edited tree has files that upstream has not: {', '.join(sorted(new - old)[:5])}; "
+                "a patch holds call sites only, put new files into ggml_fasa"
+            )
         patch = "".join(diff(pristine, edited, p) for p in changed)
         if patch:
             made[name] = patch
