@@ -1,4 +1,4 @@
-# Reads LLAMA_CPP_PIN ("key = value" lines) into FASA_PIN_<KEY>, and our version from pyproject.toml.
+# Reads LLAMA_CPP_PIN ("key = value" lines) into FASA_PIN_<KEY>, and our version from the Python package into FASA_VERSION.
 
 set(FASA_PIN_FILE "${CMAKE_CURRENT_LIST_DIR}/../LLAMA_CPP_PIN")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${FASA_PIN_FILE}")
@@ -15,9 +15,6 @@ foreach(key PACKAGE VERSION SHA256 SUBDIR COMMIT)
     endif()
 endforeach()
 
-set(FASA_VERSION "0.0.0")
-if(EXISTS "${CMAKE_CURRENT_LIST_DIR}/../pyproject.toml")
-    file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/../pyproject.toml" line REGEX "^version *= *\"" LIMIT_COUNT 1)
-    string(REGEX MATCH "\"([^\"]+)\"" _ "${line}")
-    set(FASA_VERSION "${CMAKE_MATCH_1}")
-endif()
+file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/../bindings/fasa/__init__.py" line REGEX "^__version__ = \"" LIMIT_COUNT 1)
+string(REGEX MATCH "\"([^\"]+)\"" _ "${line}")
+set(FASA_VERSION "${CMAKE_MATCH_1}")

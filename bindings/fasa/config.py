@@ -1,0 +1,90 @@
+"""Settings, state and counters of FASA, as plain values. Defaults and limits are those of llama-fasa.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Union
+
+from . import _native
+from .errors import FasaConfigError
+
+Mode = Union[bool, str]
+
+
+@dataclass(frozen=True)
+class FasaParams:
+    """What to ask of FASA. None leaves a setting to the model's metadata, and then to the library's default.
+
+    Attributes:
+        mode: True (on, or fail), False (off) or "auto" (on if the model is calibrated and a budget is given).
+        budget: tokens kept per query and KV head, forced ones included; at least 1.
+        n_sink: first tokens of a sequence that are always kept; at least 0.
+        n_recent: last tokens of a sequence that are always kept, the query's own included; at least 0.
+        max_batch: most query rows per sequence that decode sparse; at least 1.
+    """
+
+    mode: Mode = "auto"
+    budget: int | None = None
+    n_sink: int | None = None
+    n_recent: int | None = None
+    max_batch: int | None = None
+
+    def to_c(self) -> Any:
+        """A new ``struct llama_fasa_params *``; FasaConfigError for a value that C could take for "not set"."""
+        ffi, lib = _native.ffi(), _native.llama()
+        modes = {True: lib.LLAMA_FASA_MODE_ON, False: lib.LLAMA_FASA_MODE_OFF, "auto": lib.LLAMA_FASA_MODE_AUTO}
+        if not isinstance(self.mode, (bool, str)) or self.mode not in modes:
+            raise FasaConfigError(f"fasa must be True, False or 'auto', not {self.mode!r}")
+        c = ffi.new("struct llama_fasa_params *", lib.llama_fasa_default_params())
+        c.mode = modes[self.mode]
+        for name, least in (("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+                raise FasaConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            setattr(c, name, value)
+        return c
+
+
+def _from_c(cls: Any, c: Any) -> Any:
+    return cls(**{field.name: getattr(c, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class FasaInfo:
+    """What a context runs; ``struct llama_fasa_info``. Sizes in bytes."""
+
+    active: bool
+    n_layer_sparse: int
+    n_layer_dense: int
+    n_tip_min: int
+    n_tip_max: int
+    budget: int
+    n_sink: int
+    n_recent: int
+    max_batch: int
+    index_bytes: int
+    kv_bytes: int
+
+    @classmethod
+    def from_c(cls, c: Any) -> FasaInfo:
+        info: FasaInfo = _from_c(cls, c)
+        object.__setattr__(info, "active", bool(info.active))
+        return info
+
+
+@dataclass(frozen=True)
+class FasaStats:
+    """What a context has run since it was made or reset; ``struct llama_fasa_stats``. A step is one ubatch."""
+
+    n_step_sparse: int
+    n_step_dense: int
+    n_step_prefill: int
+    n_row_sparse: int
+    n_index_rebuild: int
+
+    @classmethod
+    def from_c(cls, c: Any) -> FasaStats:
+        stats: FasaStats = _from_c(cls, c)
+        return stats
