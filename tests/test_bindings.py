@@ -1,0 +1,303 @@
+"""The Python package: lazy loading, one clear exception per cause, and a drop-in llama_cpp.Llama."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fasa
+from fasa import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch"]
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter that sees the same packages."""
+    path = os.pathsep.join(filter(None, [env.pop("PYTHONPATH", ""), str(Path(fasa.__file__).parent.parent)]))
+    environ = {**os.environ, "PYTHONPATH": path, **env}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode != 0, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def vendored() -> Path:
+    """The folder that holds the stock llama_cpp package the bindings use."""
+    from fasa import _stock
+
+    origin = _stock.load().__file__
+    assert origin is not None
+    return Path(origin).parent.parent
+
+
+def load(path: Path, **kwargs: object) -> fasa.Llama:
+    return fasa.Llama(path, **{"n_ctx": 512, "n_threads": 2, "verbose": False, **kwargs})
+
+
+def greedy(llm: fasa.Llama, n: int = 16) -> list[int]:
+    """The n likeliest next tokens after the prompt, decoded one by one."""
+    tokens = llm.tokenize(PROMPT.encode())
+    llm.reset()
+    said: list[int] = []
+    for token in llm.generate(tokens, temp=0.0):
+        said.append(token)
+        if len(said) == n:
+            return said
+    return said
+
+
+# --- import ---------------------------------------------------------------------------------------------------------
+
+
+def test_import_loads_nothing() -> None:
+    done = python(
+        "import sys, fasa\n"
+        "assert 'llama_cpp' not in sys.modules\n"
+        "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
+        "assert 'libllama' not in maps and 'libggml' not in maps\n"
+        "fasa.Llama\n"
+        "assert 'llama_cpp' in sys.modules\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_leaves_the_environment_alone(lib_dir: Path) -> None:
+    done = python(
+        "import os, sys, fasa\n"
+        "before = dict(os.environ), list(sys.path)\n"
+        "fasa.Llama\n"
+        "assert (dict(os.environ), list(sys.path)) == before\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_stock_first_with_other_libraries(lib_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "lib"
+    shutil.copytree(lib_dir, other, ignore=lambda _, names: [n for n in names if ".so" not in n and ".dylib" not in n])
+    code = "import os, llama_cpp\ndel os.environ['LLAMA_CPP_LIB_PATH']\nimport fasa\nfasa.Llama"
+    keep = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if keep:
+        code = code.replace("del os.environ['LLAMA_CPP_LIB_PATH']", f"os.environ['LLAMA_CPP_LIB_PATH'] = {keep!r}")
+    message = last_line(python(code, PYTHONPATH=str(vendored()), LLAMA_CPP_LIB_PATH=str(other)))
+    assert message.startswith("fasa.errors.FasaImportError")
+    assert "already imported" in message and str(other) in message
+
+
+def test_other_version(lib_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(vendored() / "llama_cpp", tmp_path / "llama_cpp")
+    init = tmp_path / "llama_cpp" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{_native.pin()}"', '"0.0.1"'))
+    message = last_line(
+        python("import llama_cpp, fasa\nfasa.Llama", PYTHONPATH=str(tmp_path), LLAMA_CPP_LIB_PATH=str(lib_dir))
+    )
+    assert message.startswith("fasa.errors.FasaVersionError")
+    assert "0.0.1" in message and _native.pin() in message
+
+
+def test_missing_libraries(tmp_path: Path) -> None:
+    message = last_line(python("import fasa\nfasa.Llama", LLAMA_CPP_LIB_PATH=str(tmp_path)))
+    assert message.startswith("fasa.errors.FasaImportError") and "missing" in message and str(tmp_path) in message
+
+
+def test_libraries_without_fasa(lib_dir: Path, tmp_path: Path) -> None:
+    plain = _native.lib_path("ggml-base").resolve()  # any library will do that is not libllama
+    shutil.copy(plain, tmp_path / _native.lib_path("llama").name)
+    message = last_line(python("import fasa\nfasa.Llama", LLAMA_CPP_LIB_PATH=str(tmp_path)))
+    assert message.startswith("fasa.errors.FasaImportError") and "without FASA" in message
+
+
+def test_pin_is_the_pin_file(lib_dir: Path) -> None:
+    lines = (ROOT / "LLAMA_CPP_PIN").read_text().splitlines()
+    pinned = dict(line.replace(" ", "").split("=") for line in lines if "=" in line)
+    assert _native.pin() == pinned["version"]
+    assert _native.ffi().string(_native.llama().llama_fasa_version()).decode() == fasa.__version__
+
+
+def test_declarations_are_those_of_the_headers() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "gen_cdef.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def fields(c: object) -> dict[str, int]:
+    return {name: getattr(c, name) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch")}
+
+
+def test_unset_settings_are_left_to_the_library() -> None:
+    assert fields(fasa.FasaParams().to_c()) == fields(_native.llama().llama_fasa_default_params())
+
+
+def test_settings_reach_c() -> None:
+    c = fasa.FasaParams(True, budget=100, n_sink=0, n_recent=7, max_batch=3).to_c()
+    on = _native.llama().LLAMA_FASA_MODE_ON
+    assert fields(c) == {"mode": on, "budget": 100, "n_sink": 0, "n_recent": 7, "max_batch": 3}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"mode": "yes"},
+        {"mode": None},
+        {"mode": 1.0},
+        {"budget": 0},
+        {"budget": -1},
+        {"budget": 2**31},
+        {"budget": 256.0},
+        {"budget": True},
+        {"n_sink": -1},
+        {"n_recent": -1},
+        {"max_batch": 0},
+    ],
+    ids=str,
+)
+def test_bad_setting(setting: dict[str, object]) -> None:
+    with pytest.raises(fasa.FasaConfigError, match="fasa" if "mode" in setting else next(iter(setting))):
+        fasa.FasaParams(**setting).to_c()  # type: ignore[arg-type]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def params_in_force() -> dict[str, int]:
+    return fields(_native.llama().llama_fasa_get_params())
+
+
+def test_uncalibrated_model(smollm2: Path) -> None:
+    before = params_in_force()
+    with pytest.raises(fasa.FasaUncalibratedError, match="fasa-calibrate"):
+        load(smollm2, fasa=True)
+    assert params_in_force() == before
+
+
+def test_uncalibrated_model_is_dense_by_default(smollm2: Path) -> None:
+    auto, off = load(smollm2), load(smollm2, fasa=False)
+    assert not auto.fasa_info().active and not off.fasa_info().active
+    assert auto.context_params.flash_attn_type == off.context_params.flash_attn_type
+    assert greedy(auto) == greedy(off)
+    assert auto.fasa_stats().n_step_sparse == 0
+
+
+def test_invalid_metadata(calibrated: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    broken = tmp_path / "broken.gguf"
+    shutil.copy(calibrated, broken)
+    field = GGUFReader(broken, "r+").get_field("fasa.version")
+    assert field is not None
+    field.parts[field.data[0]][0] = 99
+    with pytest.raises(fasa.FasaMetadataError, match="fasa.version"):
+        load(broken, fasa=True)
+    with pytest.raises(fasa.FasaMetadataError, match="fasa.version"):
+        load(broken)
+    assert not load(broken, fasa=False).fasa_info().active
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load(tmp_path / "no.gguf", fasa=True)
+
+
+def test_flash_attention_is_needed(calibrated: Path) -> None:
+    with pytest.raises(fasa.FasaConfigError, match="flash"):
+        load(calibrated, fasa=True, flash_attn=False)
+
+
+def test_forced_tokens_beyond_the_budget(calibrated: Path) -> None:
+    before = params_in_force()
+    with pytest.raises((fasa.FasaConfigError, fasa.FasaContextError), match="budget"):
+        load(calibrated, fasa=True, fasa_budget=16, fasa_sink=4, fasa_recent=32)
+    assert params_in_force() == before
+
+
+def test_quantised_k_cache_is_refused(calibrated: Path) -> None:
+    with pytest.raises(fasa.FasaContextError):
+        load(calibrated, fasa=True, fasa_budget=64, type_k=8)  # q8_0
+
+
+def test_decodes_sparse(calibrated: Path) -> None:
+    llm = load(calibrated, fasa=True, fasa_budget=64, fasa_sink=2, fasa_recent=16, fasa_max_batch=4)
+    info = llm.fasa_info()
+    assert info.active is True
+    assert (info.budget, info.n_sink, info.n_recent, info.max_batch) == (64, 2, 16, 4)
+    assert info.n_layer_sparse > 0 and 0 < info.index_bytes < info.kv_bytes
+    assert len(greedy(llm)) == 16
+    stats = llm.fasa_stats()
+    assert stats.n_step_prefill > 0 and stats.n_step_sparse >= 15 and stats.n_row_sparse >= stats.n_step_sparse
+    llm.fasa_reset_stats()
+    assert llm.fasa_stats() == fasa.FasaStats(0, 0, 0, 0, 0)
+
+
+def test_auto_follows_the_budget(calibrated: Path) -> None:
+    assert load(calibrated, fasa_budget=64).fasa_info().active
+    assert not load(calibrated, fasa=False).fasa_info().active
+
+
+def test_full_budget_equals_dense(calibrated: Path) -> None:
+    full = load(calibrated, fasa=True, fasa_budget=512)
+    assert greedy(full) == greedy(load(calibrated, fasa=False, flash_attn=True))
+    assert full.fasa_stats().n_step_sparse == 0 and full.fasa_stats().n_step_dense > 0
+
+
+def test_settings_are_each_context_own(calibrated: Path) -> None:
+    first = load(calibrated, fasa=True, fasa_budget=64)
+    second = load(calibrated, fasa=True, fasa_budget=128)
+    assert (first.fasa_info().budget, second.fasa_info().budget) == (64, 128)
+
+
+def test_drop_in(calibrated: Path) -> None:
+    llm = load(calibrated, fasa=True, fasa_budget=64, n_ctx=1024, logits_all=True)
+    completion = llm.create_completion(PROMPT, max_tokens=4, logprobs=2, temperature=0.0)
+    assert len(completion["choices"][0]["logprobs"]["token_logprobs"]) == 4
+    messages = [{"role": "user", "content": "Say yes."}]
+    answer = llm.create_chat_completion(messages, max_tokens=4)
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    parts = list(llm.create_chat_completion(messages, max_tokens=4, stream=True))
+    assert len(parts) > 1 and "delta" in parts[-1]["choices"][0]
+
+
+def test_state_pickles(calibrated: Path) -> None:
+    llm = load(calibrated, fasa=True, fasa_budget=64, fasa_recent=16)
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.fasa_info() == llm.fasa_info()
+
+
+def test_closed(calibrated: Path) -> None:
+    llm = load(calibrated, fasa=True, fasa_budget=64)
+    llm.close()
+    llm.close()
+    with pytest.raises(fasa.FasaError, match="closed"):
+        llm.fasa_stats()
+
+
+# --- tools ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", ["llama-cli", "llama-server", "llama-perplexity", "llama-bench"])
+def test_help_lists_the_flags(bin_dir: Path, tool: str) -> None:
+    done = subprocess.run([str(bin_dir / tool), "--help"], capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    for flag in FLAGS:
+        assert f"{flag} " in text, f"{tool} --help has no {flag}"
+        if tool != "llama-bench":  # it has no environment twins for any of its options
+            assert "LLAMA_ARG_" + flag[2:].upper().replace("-", "_") in text
+
+
+def test_commands_start_the_tools() -> None:
+    if not (_native.lib_dir().parent / "bin").is_dir():
+        pytest.skip("not installed")
+    for name in ("bench", "cli", "perplexity", "quantize", "server"):
+        code = f"import sys; sys.argv = ['llama-{name}', '--help']; from fasa._tools import llama_{name} as run; run()"
+        done = python(code)
+        assert f"llama-{name}" in done.stdout + done.stderr
