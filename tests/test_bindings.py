@@ -124,7 +124,8 @@ def test_pin_is_the_pin_file(lib_dir: Path) -> None:
 
 
 def test_declarations_are_those_of_the_headers() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "gen_cdef.py"), "--check"], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "tools" / "gen_cdef.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
