@@ -29,34 +29,76 @@ def parse_samples(stdout):
 
 def parse_stats(stderr):
     """The counters that llama-bench prints for a context served by FASA; {} if none was."""
-    found = re.search(r"^fasa: budget (\d+), layers (\d+) sparse (\d+) dense, n_tip (\d+) to (\d+), index (\d+) bytes, "
-                      r"kv (\d+) bytes, steps (\d+) sparse (\d+) dense (\d+) prefill", stderr, re.M)
-    names = ("budget", "n_layer_sparse", "n_layer_dense", "n_tip_min", "n_tip_max", "index_bytes", "kv_bytes",
-             "n_step_sparse", "n_step_dense", "n_step_prefill")
+    found = re.search(
+        r"^fasa: budget (\d+), layers (\d+) sparse (\d+) dense, n_tip (\d+) to (\d+), index (\d+) bytes, "
+        r"kv (\d+) bytes, steps (\d+) sparse (\d+) dense (\d+) prefill",
+        stderr,
+        re.M,
+    )
+    names = (
+        "budget",
+        "n_layer_sparse",
+        "n_layer_dense",
+        "n_tip_min",
+        "n_tip_max",
+        "index_bytes",
+        "kv_bytes",
+        "n_step_sparse",
+        "n_step_dense",
+        "n_step_prefill",
+    )
     return dict(zip(names, map(int, found.groups()))) if found else {}
 
 
 def run(bench, args, depth, fasa):
-    command = [bench, "-m", args.model, "-p", "0", "-n", str(args.n_gen), "-d", str(depth), "-fa", "1",
-               "-t", str(args.threads), "-r", str(args.reps), "-o", "jsonl"]
-    command += ["--fasa", "on", "--fasa-budget", str(args.budget)] if fasa else ["--fasa", "off"]
+    options = [
+        "-p",
+        "0",
+        "-n",
+        str(args.n_gen),
+        "-d",
+        str(depth),
+        "-fa",
+        "1",
+        "-t",
+        str(args.threads),
+        "-r",
+        str(args.reps),
+        "-o",
+        "jsonl",
+    ]
+    options += ["--fasa", "on", "--fasa-budget", str(args.budget)] if fasa else ["--fasa", "off"]
+    command = [bench, "-m", args.model, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{result.stderr.strip()}")
     stats = parse_stats(result.stderr)
     if bool(stats) != fasa or (fasa and depth >= args.budget and stats["n_step_sparse"] == 0):
-        raise SystemExit(f"error: asked for FASA {'on' if fasa else 'off'} at depth {depth}, but llama-bench ran "
-                         f"{stats.get('n_step_sparse', 0)} sparse steps")
-    return row("decode", args.model, fasa=fasa, depth=depth, n_gen=args.n_gen, threads=args.threads,
-               tokens_per_s=parse_samples(result.stdout), stats=stats, command=command[1:])
+        raise SystemExit(
+            f"error: asked for FASA {'on' if fasa else 'off'} at depth {depth}, but llama-bench ran "
+            f"{stats.get('n_step_sparse', 0)} sparse steps"
+        )
+    return row(
+        "decode",
+        args.model,
+        fasa=fasa,
+        depth=depth,
+        n_gen=args.n_gen,
+        threads=args.threads,
+        tokens_per_s=parse_samples(result.stdout),
+        stats=stats,
+        options=options,
+    )
 
 
 def table(rows, budget):
     """Markdown: median and spread of tokens/s by depth."""
     lines = [f"| depth | off tok/s (min to max) | FASA {budget} tok/s (min to max) | ratio |", "|---|---|---|---|"]
     for depth in sorted({r["depth"] for r in rows}):
-        speed = [[s for r in rows if r["depth"] == depth and r["fasa"] == fasa for s in r["tokens_per_s"]]
-                 for fasa in (False, True)]
+        speed = [
+            [s for r in rows if r["depth"] == depth and r["fasa"] == fasa for s in r["tokens_per_s"]]
+            for fasa in (False, True)
+        ]
         cells = [f"{statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})" for s in speed]
         ratio = statistics.median(speed[1]) / statistics.median(speed[0])
         lines.append(f"| {depth} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
@@ -81,7 +123,7 @@ def main():
     for depth in args.depth:
         for i in range(args.rounds):
             # Whoever runs second finds warm caches: take turns.
-            for fasa in ((False, True) if i % 2 == 0 else (True, False)):
+            for fasa in (False, True) if i % 2 == 0 else (True, False):
                 rows.append(run(bench, args, depth, fasa))
                 line = json.dumps(rows[-1])
                 if args.out:
@@ -89,8 +131,11 @@ def main():
                         file.write(line + "\n")
                 else:
                     print(line, flush=True)
-                print(f"depth {depth} round {i + 1}/{args.rounds} {'FASA' if fasa else 'off'}: "
-                      f"{statistics.median(rows[-1]['tokens_per_s']):.2f} tok/s", file=sys.stderr)
+                print(
+                    f"depth {depth} round {i + 1}/{args.rounds} {'FASA' if fasa else 'off'}: "
+                    f"{statistics.median(rows[-1]['tokens_per_s']):.2f} tok/s",
+                    file=sys.stderr,
+                )
     print(table(rows, args.budget))
 
 

@@ -25,19 +25,43 @@ QUESTIONS = [
     "Write a short summary of the chronicle.",
 ]
 
-NAMES = ["Agnes Holloway", "Peter Lamb", "Ruth Ashby", "Silas Crane", "Martha Fenn", "Jonas Pike", "Edith Marlow",
-         "Henry Stroud", "Clara Bexley", "Walter Quill", "Nora Thistle", "Amos Darrow"]
+NAMES = [
+    "Agnes Holloway",
+    "Peter Lamb",
+    "Ruth Ashby",
+    "Silas Crane",
+    "Martha Fenn",
+    "Jonas Pike",
+    "Edith Marlow",
+    "Henry Stroud",
+    "Clara Bexley",
+    "Walter Quill",
+    "Nora Thistle",
+    "Amos Darrow",
+]
 TRADES = ["cooper", "rope maker", "schoolteacher", "miller", "net mender", "apothecary", "carpenter", "printer"]
-PLACES = ["the lower quay", "the market square", "the mill race", "the chapel lane", "the north gate",
-          "the drying fields", "the rope walk", "the old customs house"]
-WINTERS = ["The winter was mild, and the river did not freeze.",
-           "Ice closed the river for five weeks, and the post came by sledge.",
-           "Snow lay on the roofs until the end of March.",
-           "A wet winter spoiled the hay in the drying fields."]
-HARVESTS = ["The harvest of rye was good and bread was cheap.",
-            "The potatoes failed in the low fields, but barley made up for it.",
-            "Apples were so many that they were fed to the pigs.",
-            "A dry summer left the mill without water from July to September."]
+PLACES = [
+    "the lower quay",
+    "the market square",
+    "the mill race",
+    "the chapel lane",
+    "the north gate",
+    "the drying fields",
+    "the rope walk",
+    "the old customs house",
+]
+WINTERS = [
+    "The winter was mild, and the river did not freeze.",
+    "Ice closed the river for five weeks, and the post came by sledge.",
+    "Snow lay on the roofs until the end of March.",
+    "A wet winter spoiled the hay in the drying fields.",
+]
+HARVESTS = [
+    "The harvest of rye was good and bread was cheap.",
+    "The potatoes failed in the low fields, but barley made up for it.",
+    "Apples were so many that they were fed to the pigs.",
+    "A dry summer left the mill without water from July to September.",
+]
 EVENTS = [
     "{a}, the {trade}, opened a workshop at {place} and took two apprentices from the upper valley.",
     "The council met {n} times, mostly about the drains near {place}, and decided nothing.",
@@ -60,8 +84,9 @@ def chronicle(n_year=63):
         lines = [f"The year {year}.", rng.choice(WINTERS)]
         for event in rng.sample(EVENTS, 3):
             a, b = rng.sample(NAMES, 2)
-            lines.append(event.format(a=a, b=b, trade=rng.choice(TRADES), place=rng.choice(PLACES),
-                                      n=rng.randrange(3, 60)))
+            lines.append(
+                event.format(a=a, b=b, trade=rng.choice(TRADES), place=rng.choice(PLACES), n=rng.randrange(3, 60))
+            )
         if year in FACTS:
             lines.append(FACTS[year])
         lines.append(rng.choice(HARVESTS))

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 from gguf import GGUFReader
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chronicle import QUESTIONS, chronicle
 from machine import ROOT, find_tool
@@ -94,15 +95,14 @@ class Reader:
 
 def prompts(llm):
     """Token lists, one per question, in the model's chat template; and the length of their common start."""
-    template = llm.metadata["tokenizer.chat_template"]
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    render = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    render = environment.from_string(llm.metadata["tokenizer.chat_template"]).render
     lists = []
     for question in QUESTIONS:
         text = f"{chronicle()}\n\nAnswer from the text above. {question}"
-        prompt = render(messages=[{"role": "user", "content": text}], add_generation_prompt=True,
-                        bos_token="", eos_token="")
+        prompt = render(
+            messages=[{"role": "user", "content": text}], add_generation_prompt=True, bos_token="", eos_token=""
+        )
         lists.append(llm.tokenize(prompt.encode(), special=True))
     return lists, len(os.path.commonprefix(lists))
 
@@ -119,14 +119,21 @@ def main():
     args.out.mkdir(exist_ok=True)
     model = args.out / "smollm2-135m-fasa.gguf"
     print(f"[1/3] calibrate {source.name} -> {model.relative_to(args.out.parent)}", flush=True)
-    if subprocess.run([find_tool("fasa-calibrate"), source, "-o", model]).returncode != 0:
+    if subprocess.run([find_tool("fasa-calibrate"), source, "-o", model, "--force"]).returncode != 0:
         raise SystemExit("error: calibration failed")
 
     from fasa import Llama
 
     def load(**fasa):
-        return Llama(str(model), n_ctx=8192, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
-                     verbose=False, **fasa)
+        return Llama(
+            str(model),
+            n_ctx=8192,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+            flash_attn=True,
+            verbose=False,
+            **fasa,
+        )
 
     print("[2/3] dense: ", end="", flush=True)
     llm = load(fasa=False)
@@ -167,15 +174,20 @@ def main():
     n_same = sum(a == b for (a, _, _), (b, _, _) in zip(dense_answers, answers))
     fast = speed(answers), speed(dense_answers)
     n_kv = len(tokens[0])
-    read = kv_bytes(model, n_kv), kv_bytes(model, n_kv, args.budget)
+    mb = kv_bytes(model, n_kv) / 1e6, kv_bytes(model, n_kv, args.budget) / 1e6
     stats = llm.fasa_stats()
     print(f"at depth {n_kv:<14}{'dense':>10}{'FASA':>10}")
     print(f"{'decode tokens/s':<23}{fast[1]:>10.1f}{fast[0]:>10.1f}   {fast[0] / fast[1]:.1f} times")
-    print(f"{'KV MB read per step':<23}{read[0] / 1e6:>10.1f}{read[1] / 1e6:>10.1f}   {read[0] / read[1]:.1f} times less")
+    print(f"{'KV MB read per step':<23}{mb[0]:>10.1f}{mb[1]:>10.1f}   {mb[0] / mb[1]:.1f} times less")
     print(f"{'equal answers':<23}{n_same:>10} of {len(tokens)}")
     print(f"{'same likeliest token':<23}{100 * np.mean(top1):>10.1f} %    over {len(top1)} steps, FASA following dense")
     print(f"{'mean KL from dense':<23}{np.mean(kl):>10.4f}")
-    print(f"FASA's context ran: {stats}")
+    print(
+        f"{'steps of FASA context':<23}{stats.n_step_sparse:>10} sparse, {stats.n_step_dense} dense, "
+        f"{stats.n_step_prefill} prefill"
+    )
+    if stats.n_step_sparse == 0:
+        raise SystemExit("error: FASA made no sparse step, the figures above compare dense with dense")
     llm.close()
 
 

@@ -52,8 +52,10 @@ def check_run(command):
 def table(rows):
     lines = ["| variant | budget | ppl ratio | KL | top-1 % |", "|---|---|---|---|---|"]
     for r in rows:
-        lines.append(f"| {r['variant']} | {r['budget']} | {r['ppl_ratio']:.4f} | {r['kl']:.4f} +- {r['kl_err']:.4f} | "
-                     f"{r['top1']:.2f} |")
+        lines.append(
+            f"| {r['variant']} | {r['budget']} | {r['ppl_ratio']:.4f} | {r['kl']:.4f} +- {r['kl_err']:.4f} | "
+            f"{r['top1']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -81,21 +83,61 @@ def main():
         logits = work / "dense.logits"
 
         def evaluate(model, *more):
-            return check_run([perplexity, "-m", model, "-f", args.text, "-c", str(args.ctx), "--chunks",
-                              str(args.chunks), "-t", str(args.threads), "-b", "2048", "-ub", str(UBATCH), "-fa", "on",
-                              "--kl-divergence-base", logits, *more])
+            return check_run(
+                [
+                    perplexity,
+                    "-m",
+                    model,
+                    "-f",
+                    args.text,
+                    "-c",
+                    str(args.ctx),
+                    "--chunks",
+                    str(args.chunks),
+                    "-t",
+                    str(args.threads),
+                    "-b",
+                    "2048",
+                    "-ub",
+                    str(UBATCH),
+                    "-fa",
+                    "on",
+                    "--kl-divergence-base",
+                    logits,
+                    *more,
+                ]
+            )
 
         evaluate(args.model, "--fasa", "off")
         rows = []
         for variant in args.variants:
             copy = work / f"{variant}.gguf"
-            check_run([calibrate, args.model, "-o", copy, "--criterion", variant, *args.calibrate_args.split()])
+            more = ["--criterion", variant, *args.calibrate_args.split()]
+            check_run([calibrate, args.model, "-o", copy, "--force", *more])
             for budget in args.budget:
-                output = evaluate(copy, "--kl-divergence", "--fasa", "on", "--fasa-budget", str(budget),
-                                  "--fasa-max-batch", str(UBATCH))
-                rows.append(row("quality", copy, variant=variant, budget=budget, ctx=args.ctx, chunks=args.chunks,
-                                text=pathlib.Path(args.text).name, calibrate_args=args.calibrate_args,
-                                **parse_figures(output)))
+                output = evaluate(
+                    copy,
+                    "--kl-divergence",
+                    "--fasa",
+                    "on",
+                    "--fasa-budget",
+                    str(budget),
+                    "--fasa-max-batch",
+                    str(UBATCH),
+                )
+                rows.append(
+                    row(
+                        "quality",
+                        copy,
+                        variant=variant,
+                        budget=budget,
+                        ctx=args.ctx,
+                        chunks=args.chunks,
+                        text=pathlib.Path(args.text).name,
+                        calibrate_args=args.calibrate_args,
+                        **parse_figures(output),
+                    )
+                )
                 line = json.dumps(rows[-1])
                 if args.out:
                     with open(args.out, "a") as file:

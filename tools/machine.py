@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def commit():
     """Our commit, with "-dirty" if tracked files differ from it; "unknown" outside a checkout."""
-    result = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
     return result.stdout.strip() or "unknown"
 
 
@@ -40,7 +41,7 @@ def pin():
     raise ValueError("LLAMA_CPP_PIN names no version")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sha256(path, size, mtime):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
