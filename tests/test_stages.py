@@ -16,7 +16,7 @@ def run_tip(q, index, mask, use_ref):
     ffi, lib = ggml()
     n_group, n_dim = q.shape
     n_kv = len(mask)
-    scratch = np.full(n_group * shapes.pad(n_kv) + TILE, np.nan, np.float32)
+    scratch = np.full(lib.ggml_fasa_cpu_tip_scratch(n_group, n_kv) + TILE, np.nan, np.float32)
     scores = np.full(n_kv + TILE, np.nan, np.float32)
     lib.ggml_fasa_cpu_tip(
         pointer(q, "float *"), n_group, n_dim, pointer(index, "ggml_fp16_t *"), pointer(mask, "void *"),
@@ -43,7 +43,7 @@ def run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=None):
     ffi, lib = ggml()
     n_group, d_v = len(q), v.shape[2]
     out_stride = out_stride or d_v
-    scratch = np.full(n_group * max(len(cells), 1) + TILE, np.nan, np.float32)
+    scratch = np.full(lib.ggml_fasa_cpu_fac_scratch(n_group, len(cells), d_v) + TILE, np.nan, np.float32)
     out = np.full((n_group, out_stride), np.nan, np.float32)
     lib.ggml_fasa_cpu_fac(
         pointer(q, "float *"), n_group, q.shape[1], pointer(k, "void *"), k.strides[0], pointer(v, "void *"), v.strides[0],
