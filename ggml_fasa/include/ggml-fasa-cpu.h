@@ -18,11 +18,15 @@ extern "C" {
 GGML_BACKEND_API void ggml_fasa_cpu_index_write(
         const ggml_fp16_t * k, const int32_t * dims, int64_t n_dim, int64_t cell, ggml_fp16_t * index);
 
+// Floats of scratch that the stages below need.
+GGML_BACKEND_API size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_kv);
+GGML_BACKEND_API size_t ggml_fasa_cpu_fac_scratch(int64_t n_group, int64_t n_cells, int64_t d_v);
+
 // Stage tip (paper section 4.1): scores cells of one KV group for one query row.
 //   q       : [n_group][n_dim]  the dominant dims of the group's queries, already multiplied by scale
 //   index   : the head's plane
 //   mask    : n_kv values of F16 (mask_f16) or F32, see ggml_fasa_attn
-//   scratch : [n_group][GGML_PAD(n_kv, TILE)] floats
+//   scratch : ggml_fasa_cpu_tip_scratch floats
 //   scores  : [n_kv] out: sum over the group's heads of softmax(tip), -inf where hidden, +inf where always selected
 GGML_BACKEND_API void ggml_fasa_cpu_tip(
         const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index,
@@ -37,7 +41,7 @@ GGML_BACKEND_API int64_t ggml_fasa_cpu_select(
 // Stage fac (paper section 4.2): exact attention of one KV group over the selected cells.
 //   q       : [n_group][d_k] F32;  k, v : F16 rows of the head, k_stride and v_stride bytes from cell to cell
 //   sinks   : [n_group] or NULL
-//   scratch : [n_group][n_cells] floats
+//   scratch : ggml_fasa_cpu_fac_scratch floats
 //   out     : [n_group][d_v], out_stride floats from head to head
 GGML_BACKEND_API void ggml_fasa_cpu_fac(
         const float * q, int64_t n_group, int64_t q_stride, const void * k, size_t k_stride, const void * v, size_t v_stride,

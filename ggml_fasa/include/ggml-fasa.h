@@ -65,7 +65,7 @@ GGML_API struct ggml_tensor * ggml_fasa_new_index(
         int64_t               n_stream);
 
 // Stage index_cache: copies dims of K rows into the index. Returns a view of index.
-//   k     : F16 [D * G, n_cells, S]  the K cache of the layer, rows of all its heads
+//   k     : F16 [D * G, n_cells, S] or [D * G, n_cells * S]  the K cache of the layer, rows of all its heads
 //   cells : I64 [n]                  global cell ids (stream * n_cells + cell), the rows to copy
 //   index : see ggml_fasa_new_index
 //   dims  : I32 [J, G]               dims of a head, each in [0, D)

@@ -1,0 +1,80 @@
+// Stage index_cache: the dominant dims of K, kept beside a KV cache and never out of date.
+//
+// K is written in one place, llama_kv_cache::cpy_k, and the index is written by the same call. Whatever else changes K
+// (context shift, state load, copy between streams) marks the index dirty, and llama_kv_cache::update rebuilds it
+// from K before the next batch.
+
+#pragma once
+
+#include "fasa-metadata.h"
+#include "llama-fasa.h"
+#include "llama.h"
+
+#include "ggml-cpp.h"
+
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+struct llama_cparams;
+struct llama_model;
+struct llama_ubatch;
+struct llm_graph_context;
+class  llama_kv_cache;
+
+// Settings of one context, resolved from caller, metadata and defaults.
+struct llama_fasa_config {
+    int32_t budget;
+    int32_t n_sink;
+    int32_t n_recent;
+    int32_t max_batch;
+
+    // Whether a step of n_rows query rows per sequence that sees n_kv cells is sparse. n_kv comes padded to 256, so the
+    // budget is padded alike: a cache that fits the budget is always decoded dense.
+    bool is_sparse(int64_t n_rows, int64_t n_kv) const;
+};
+
+struct llama_fasa_index_cache {
+    // Allocates the index of every layer that metadata gives FCs and whose K lives in kv. Throws std::runtime_error.
+    llama_fasa_index_cache(llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config);
+    ~llama_fasa_index_cache();
+
+    struct layer {
+        int32_t       il;
+        int32_t       n_tip;
+        ggml_tensor * k;     // the cache tensor that is indexed
+        ggml_tensor * index; // ggml_fasa_new_index
+        ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
+    };
+
+    // Adds the index write that belongs to a write of K rows. k_set: the SET_ROWS node of cache tensor k.
+    // Returns k_set itself for layers without index.
+    ggml_tensor * build_write(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs) const;
+
+    // Marks the forced cells of every row of an attention mask by -0.0, and counts the step. See ggml_fasa_attn.
+    void mark_forced(ggml_tensor * mask, const llama_ubatch & ubatch);
+
+    // After K changed other than by a write: the whole stream (-1: all) is indexed again before the next batch.
+    void mark_dirty(int32_t stream = -1);
+    bool dirty() const;
+    bool rebuild(llama_context & lctx);
+
+    // The layer whose cache tensor is k, or NULL.
+    const layer * find(const ggml_tensor * k) const;
+
+    llama_fasa_info info() const;
+
+    llama_kv_cache &        kv;
+    const llama_fasa_config config;
+    llama_fasa_stats        stats = {};
+
+private:
+    std::vector<layer>                                 layers;
+    std::unordered_map<const ggml_tensor *, size_t>    layer_of_k;
+    std::vector<bool>                                  stream_dirty;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
+
+    int32_t  n_layer_dense = 0;
+    uint64_t index_bytes   = 0;
+    uint64_t kv_bytes      = 0;
+};

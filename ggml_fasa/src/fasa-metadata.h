@@ -1,0 +1,40 @@
+// Stage metadata: what a model file says about FASA, validated. Key table: docs/metadata.md.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// How rotary embedding pairs the dims of a head.
+enum llama_fasa_rope {
+    LLAMA_FASA_ROPE_NONE, // not rotary, or in a way that FASA does not know
+    LLAMA_FASA_ROPE_NORM, // FC i = dims (2i, 2i + 1)
+    LLAMA_FASA_ROPE_NEOX, // FC i = dims (i, i + n_rot/2)
+};
+
+struct llama_fasa_layer {
+    int32_t n_tip     = 0; // FCs of a head that token importance prediction reads, 0 = dense
+    int32_t n_head_kv = 0;
+    int32_t n_rot     = 0;
+
+    std::vector<int32_t> fc; // [n_head_kv][n_tip], ids in [0, n_rot/2), ascending within a head
+};
+
+struct llama_fasa_metadata {
+    bool            present = false; // the file carries fasa.version
+    std::string     error;           // why the calibration is unusable, "" if it is not
+    llama_fasa_rope rope = LLAMA_FASA_ROPE_NONE;
+
+    std::vector<llama_fasa_layer> layers;
+
+    // recommendations, -1 = none
+    int32_t budget   = -1;
+    int32_t n_sink   = -1;
+    int32_t n_recent = -1;
+
+    bool usable() const { return present && error.empty(); }
+
+    // The dims of layer il's dominant FCs, [n_head_kv][2*n_tip]: first dims of the planes, then second dims.
+    std::vector<int32_t> dims(size_t il) const;
+};

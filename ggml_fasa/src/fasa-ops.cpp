@@ -1,0 +1,102 @@
+// Constructors of GGML_OP_FASA_ATTN: shape rules and op_params, no arithmetic. See ggml-fasa.h.
+
+#include "ggml-fasa.h"
+
+#include "ggml-impl.h"
+
+static void fasa_set_mode(ggml_tensor * t, ggml_fasa_mode mode) {
+    t->op = GGML_OP_FASA_ATTN;
+    ggml_set_op_params_i32(t, GGML_FASA_OP_PARAM_MODE, mode);
+}
+
+ggml_tensor * ggml_fasa_new_index(ggml_context * ctx, int64_t n_dim, int64_t n_cells, int64_t n_head_kv, int64_t n_stream) {
+    GGML_ASSERT(n_dim > 0 && n_dim % 2 == 0);
+    GGML_ASSERT(n_cells % GGML_FASA_TILE == 0);
+
+    return ggml_new_tensor_4d(ctx, GGML_TYPE_F16, GGML_FASA_TILE*n_dim, n_cells/GGML_FASA_TILE, n_head_kv, n_stream);
+}
+
+ggml_tensor * ggml_fasa_index_write(
+        ggml_context * ctx,
+        ggml_tensor  * k,
+        ggml_tensor  * cells,
+        ggml_tensor  * index,
+        ggml_tensor  * dims) {
+    GGML_ASSERT(dims->type == GGML_TYPE_I32 && ggml_is_contiguous(dims));
+    GGML_ASSERT(cells->type == GGML_TYPE_I64 && ggml_is_contiguous(cells) && ggml_is_vector(cells));
+    GGML_ASSERT(k->type == GGML_TYPE_F16 && k->nb[0] == sizeof(ggml_fp16_t));
+    GGML_ASSERT(index->type == GGML_TYPE_F16 && ggml_is_contiguous(index));
+    GGML_ASSERT(index->ne[0] == GGML_FASA_TILE*dims->ne[0]);
+    GGML_ASSERT(index->ne[2] == dims->ne[1]);
+    GGML_ASSERT(index->ne[1]*GGML_FASA_TILE*index->ne[3] == k->ne[1]*k->ne[2] && k->ne[3] == 1);
+    GGML_ASSERT(k->nb[2] == k->nb[1]*k->ne[1]);
+    GGML_ASSERT(k->ne[0] % dims->ne[1] == 0);
+
+    // a view, so that the scheduler runs the write where the index lives
+    ggml_tensor * result = ggml_view_tensor(ctx, index);
+
+    fasa_set_mode(result, GGML_FASA_MODE_INDEX_WRITE);
+    result->src[GGML_FASA_WRITE_SRC_K]     = k;
+    result->src[GGML_FASA_WRITE_SRC_CELLS] = cells;
+    result->src[GGML_FASA_WRITE_SRC_INDEX] = index;
+    result->src[GGML_FASA_WRITE_SRC_DIMS]  = dims;
+
+    return result;
+}
+
+ggml_tensor * ggml_fasa_attn(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * mask,
+        ggml_tensor  * sinks,
+        ggml_tensor  * index,
+        ggml_tensor  * dims,
+        float          scale,
+        float          softcap,
+        int32_t        budget) {
+    const int64_t n_kv      = k->ne[1];
+    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_stream  = k->ne[3];
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
+    GGML_ASSERT(k->type == GGML_TYPE_F16 && k->nb[0] == sizeof(ggml_fp16_t));
+    GGML_ASSERT(v->type == GGML_TYPE_F16 && v->nb[0] == sizeof(ggml_fp16_t));
+    GGML_ASSERT(q->ne[0] == k->ne[0]);
+    GGML_ASSERT(q->ne[2] % n_head_kv == 0 && q->ne[3] == n_stream);
+    GGML_ASSERT(v->ne[1] == n_kv && v->ne[2] == n_head_kv && v->ne[3] == n_stream);
+
+    GGML_ASSERT(mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
+    GGML_ASSERT(ggml_is_contiguous(mask));
+    GGML_ASSERT(mask->ne[0] == n_kv && mask->ne[1] == q->ne[1] && mask->ne[2] == 1 && mask->ne[3] == n_stream);
+
+    GGML_ASSERT(dims->type == GGML_TYPE_I32 && ggml_is_contiguous(dims));
+    GGML_ASSERT(dims->ne[1] == n_head_kv);
+    GGML_ASSERT(index->type == GGML_TYPE_F16);
+    GGML_ASSERT(index->nb[0] == sizeof(ggml_fp16_t) && index->nb[1] == index->nb[0]*index->ne[0]);
+    GGML_ASSERT(index->ne[0] == GGML_FASA_TILE*dims->ne[0]);
+    GGML_ASSERT(index->ne[1]*GGML_FASA_TILE >= n_kv);
+    GGML_ASSERT(index->ne[2] == n_head_kv && index->ne[3] == n_stream);
+    GGML_ASSERT(budget > 0);
+
+    if (sinks) {
+        GGML_ASSERT(sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks) && sinks->ne[0] == q->ne[2]);
+    }
+
+    ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], n_stream);
+
+    fasa_set_mode(result, GGML_FASA_MODE_ATTN);
+    ggml_set_op_params_f32(result, GGML_FASA_OP_PARAM_SCALE,   scale);
+    ggml_set_op_params_f32(result, GGML_FASA_OP_PARAM_SOFTCAP, softcap);
+    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_BUDGET,  budget);
+    result->src[GGML_FASA_SRC_Q]     = q;
+    result->src[GGML_FASA_SRC_K]     = k;
+    result->src[GGML_FASA_SRC_V]     = v;
+    result->src[GGML_FASA_SRC_MASK]  = mask;
+    result->src[GGML_FASA_SRC_SINKS] = sinks;
+    result->src[GGML_FASA_SRC_INDEX] = index;
+    result->src[GGML_FASA_SRC_DIMS]  = dims;
+
+    return result;
+}
