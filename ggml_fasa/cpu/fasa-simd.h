@@ -116,11 +116,17 @@ inline vec   ldexp(vec a, vec n)                   { return std::ldexp(a, (int) 
 
 #endif
 
-// exp for x <= 0: 2^n times the Taylor series of e^r with |r| <= ln(2)/2, relative error about 2e-7.
-// Below -87 the result stays near 1e-38 instead of 0, which no softmax can tell apart.
-inline vec exp_neg(vec x) {
-    x = max(x, splat(-87.0f));
-    const vec n = round(mul(x, splat(1.44269504f)));
+// The power of two nearest e^x, as an exponent.
+inline vec exp2_round(vec x) {
+    return round(mul(x, splat(1.44269504f)));
+}
+
+// 2^-n0 * e^x for n0 = exp2_round of some x0 >= x: 2^(n - n0) times the Taylor series of e^r with |r| <= ln(2)/2, relative
+// error about 2e-7. Results of one x for different n0 differ by a power of two, exactly. Below x0 - 87 the result stays
+// near 1e-38 instead of 0, which no softmax can tell apart.
+inline vec exp_scaled(vec x, vec x0, vec n0) {
+    x = max(x, sub(x0, splat(87.0f)));
+    const vec n = exp2_round(x);
     vec r = fma(n, splat(-0.693359375f), x);
     r     = fma(n, splat(2.12194440e-4f), r);
     vec p = splat(1.0f/720.0f);
@@ -130,7 +136,12 @@ inline vec exp_neg(vec x) {
     p = fma(p, r, splat(0.5f));
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
-    return ldexp(p, n);
+    return ldexp(p, max(sub(n, n0), splat(-126.0f)));
+}
+
+// exp for x <= 0.
+inline vec exp_neg(vec x) {
+    return exp_scaled(x, zero(), zero());
 }
 
 } // namespace fasa

@@ -28,8 +28,9 @@ constexpr int64_t FAC_CHUNK = 64;  // selected cells
 inline int64_t n_tip_chunk(int64_t n_kv)    { return (n_kv    + TIP_CHUNK - 1)/TIP_CHUNK; }
 inline int64_t n_fac_chunk(int64_t n_cells) { return (n_cells + FAC_CHUNK - 1)/FAC_CHUNK; }
 
-// tip for one chunk of cells: weight[h][t] = exp(S_h(t) - peak), 0 where hidden. peak and total are [n_chunk][n_group]: the
-// chunk's largest S_h (-inf if it shows no cell) and its sum of weights. Rows of weight are stride floats apart.
+// tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, 0 where hidden. peak and total are [n_chunk][n_group]:
+// the power of two nearest the chunk's largest exp(S_h), as an exponent (-inf if it shows no cell), and its sum of
+// weights. Rows of weight are stride floats apart.
 void tip_chunk(
         const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index, mask_row mask, int64_t n_kv,
         int64_t chunk, float * weight, int64_t stride, float * peak, float * total);

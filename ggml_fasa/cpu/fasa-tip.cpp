@@ -129,17 +129,20 @@ void tip_chunk(
         }
         const float m = hmax(vmax);
 
+        // weights of equal cells in different chunks must differ by a power of two only, else rounding breaks their tie
         vec sum = zero();
+        vec n   = splat(m);
         if (m > -INFINITY) {
+            n = exp2_round(n);
             for (int64_t t = t0; t < te; t += W) {
-                const vec e = exp_neg(sub(load(w + t), splat(m)));
+                const vec e = exp_scaled(load(w + t), splat(m), n);
                 sum = add(sum, e);
                 store(w + t, e);
             }
         } else {
             std::fill(w + t0, w + te, 0.0f);
         }
-        peak [chunk*n_group + h] = m;
+        peak [chunk*n_group + h] = hmax(n);
         total[chunk*n_group + h] = hsum(sum);
     }
 }
@@ -153,7 +156,7 @@ void tip_factors(int64_t n_group, int64_t n_chunk, float * peak, const float * t
         float sum = 0.0f;
         for (int64_t c = 0; c < n_chunk; ++c) {
             float & p = peak[c*n_group + h];
-            p    = p > -INFINITY ? expf(p - top) : 0.0f;
+            p    = p > -INFINITY ? ldexpf(1.0f, (int) (p - top)) : 0.0f;
             sum += p*total[c*n_group + h];
         }
         for (int64_t c = 0; c < n_chunk; ++c) {
