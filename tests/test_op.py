@@ -157,14 +157,12 @@ def test_attn_random_shapes(rng):
 
 @pytest.mark.parametrize("n_row", [1, 9])
 def test_attn_number_of_threads(rng, n_row):
-    """Threads may sum in another order, no more: the same cells are chosen."""
+    """Work is cut the same way for any number of threads: the same bits come out."""
     case = make_case(rng, 3, 3, 64, 16, 1500, 64, n_row=n_row)
     one = run(case, n_threads=1)
     check(one, case)
     for n_threads in (2, 3, 5):
-        many = run(case, n_threads)
-        assert tolerances.nmse(many, one) <= tolerances.THREADS_NMSE, f"{n_threads} threads"
-        assert np.array_equal(many, run(case, n_threads)), f"{n_threads} threads differ from run to run"
+        assert np.array_equal(run(case, n_threads), one), f"{n_threads} threads"
 
 
 @REF

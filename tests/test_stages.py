@@ -148,7 +148,8 @@ def test_tip_survives_large_logits(rng, use_ref):
     mask = np.zeros(n_kv, np.float16)
     scores = run_tip(q, index, mask, use_ref)
     assert np.isfinite(scores).all() and scores.sum() == pytest.approx(3.0, rel=1e-4)
-    assert scores.argmax() == oracle.tip(q, index, mask).argmax()
+    winners = oracle.tip(q, index, mask) > 0.5  # one cell takes nearly all the weight of a head
+    assert winners.any() and np.array_equal(scores > 0.5, winners)
 
 
 @PATHS

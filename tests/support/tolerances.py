@@ -22,9 +22,6 @@ FAC_NMSE = 1e-6
 # op: fac's bound; selection is compared through the output, a wrong cell moves it by about 1 / budget >= 1e-3.
 OP_NMSE = 1e-6
 
-# op with one thread and with many: only the order of f32 sums changes, (sqrt(n) * eps32)^2 for n = 300.
-THREADS_NMSE = 1e-11
-
 # Random op cases are drawn until the oracle's last kept and first dropped score differ by more than this, relatively:
 # nearer than that f32 may rightly choose the other cell. Logits there are below 10: 10 * sqrt(J) * eps32 = 3e-6.
 MARGIN = 1e-5
