@@ -1,6 +1,9 @@
 """GGML_OP_FASA_ATTN through ggml graphs on the CPU backend: index_write and attn, against the NumPy oracle."""
 
 import dataclasses
+import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -264,3 +267,14 @@ def test_counters_show_that_the_op_ran(rng):
     before = lib.ggml_fasa_cpu_n_attn(), lib.ggml_fasa_cpu_n_index_write()
     run(make_case(rng, 1, 1, 32, 4, 64, 16), n_threads=2)
     assert (lib.ggml_fasa_cpu_n_attn(), lib.ggml_fasa_cpu_n_index_write()) == (before[0] + 1, before[1] + 1)
+
+
+def test_backend_ops_of_upstream():
+    """Upstream's harness runs our cases: the fast path against the reference, with guards around every tensor."""
+    program = os.environ.get("FASA_TEST_BACKEND_OPS")
+    if not program:
+        pytest.skip("FASA_TEST_BACKEND_OPS names no test-backend-ops (a CMake build with -DFASA_BUILD_TESTS=ON makes it)")
+    done = subprocess.run([program, "-b", "CPU", "-o", "FASA_ATTN"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)
+    assert passed and int(passed[1]) == int(passed[2]) > 100
