@@ -157,7 +157,7 @@ def _calibrate(args, gguf, rules):
     text, text_name = _read_text(args.text)
     options = Options(args.criterion, args.n_tip, rules, args.n_ctx, args.n_query, args.dense_layers, args.seed)
     llama_cpp = load_llama_cpp()
-    with Model(llama_cpp, args.model, args.n_gpu_layers, progress=lambda done: None, verbose=args.verbose) as model:
+    with Model(llama_cpp, args.model, args.n_gpu_layers, args.verbose) as model:
         with _bar(args, "calibrating", model.n_layer, unit="layer") as bar:
             result = calibrate(model, text, options, args.threads, bar.update)
     if not args.quiet and result.n_tokens < args.n_ctx:

@@ -153,7 +153,7 @@ def _parse(path, data, size):
     n_tensors, n_keys = reader.unpack("<Q"), reader.unpack("<Q")
     # the smallest entry of either table takes more than 12 bytes
     if n_tensors > size // 12 or n_keys > size // 12:
-        raise CalibrateError("the GGUF file is damaged: it claims more entries than it has bytes")
+        raise CalibrateError("the GGUF file is truncated or damaged: it claims more entries than it has bytes")
     gguf = GgufFile(path, version, size, 0, 0, 0, DEFAULT_ALIGNMENT)
     for _ in range(n_keys):
         start = reader.at

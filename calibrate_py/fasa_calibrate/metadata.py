@@ -16,7 +16,7 @@ _QK_WEIGHT = re.compile(r"blk\.\d+\.attn_(q|k|qkv)(_norm)?\.(weight|bias)$")
 
 
 def fasa_keys(gguf, calibration, options, text_name, text_sha256, store_budget=None):
-    """The keys as a list of (name, kind, value) in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32)."""
+    """[(name, kind, value), ...] in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32)."""
     layers = range(calibration.n_layer)
     fcs = [calibration.fcs.get(il, []) for il in layers]
     rules = options.rules

@@ -51,23 +51,22 @@ def load_llama_cpp():
         raise CalibrateError(f"llama.cpp could not be loaded: {err}") from err
 
 
+def c_function(llama_cpp, name, argtypes, restype):
+    """A function of libllama, or of what it links, that the ctypes package does not bind; AttributeError if none."""
+    return llama_cpp.ctypes_function(name, argtypes, restype)(lambda: None)
+
+
 class Tensors:
     """Reads ggml tensors by address. Only valid inside an evaluation callback."""
 
     def __init__(self, llama_cpp):
-        def function(name, argtypes, restype):
-            return llama_cpp.ctypes_function(name, argtypes, restype)(lambda: None)
-
+        address, size = ctypes.c_void_p, ctypes.c_size_t
         try:
-            self._get = function(
-                "ggml_backend_tensor_get",
-                [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
-                None,
-            )
-            self._op = function("ggml_op_desc", [ctypes.c_void_p], ctypes.c_char_p)
-            self._nbytes = function("ggml_nbytes", [ctypes.c_void_p], ctypes.c_size_t)
-            overhead = function("ggml_tensor_overhead", [], ctypes.c_size_t)()
-            get_name = function("ggml_get_name", [ctypes.c_void_p], ctypes.c_void_p)
+            self._get = c_function(llama_cpp, "ggml_backend_tensor_get", [address, address, size, size], None)
+            self._op = c_function(llama_cpp, "ggml_op_desc", [address], ctypes.c_char_p)
+            self._nbytes = c_function(llama_cpp, "ggml_nbytes", [address], size)
+            overhead = c_function(llama_cpp, "ggml_tensor_overhead", [], size)()
+            get_name = c_function(llama_cpp, "ggml_get_name", [address], address)
         except AttributeError as err:
             raise CalibrateError(f"this llama.cpp lacks a function that calibration needs: {err}") from err
         # a layout that drifted must be caught before a pointer is followed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import CalibrateError
-from .native import Tensors
+from .native import Tensors, c_function
 
 ROPE_NAMES = {0: "norm", 2: "neox"}  # LLAMA_ROPE_TYPE_*
 _K_CACHE = re.compile(rb"cache_k_l(\d+)$")
@@ -34,32 +34,32 @@ class Attention:
 class Model:
     """A GGUF loaded by llama.cpp for one dense pass over a text. A context manager."""
 
-    def __init__(self, llama_cpp, path, n_gpu_layers=0, progress=None, verbose=False):
+    def __init__(self, llama_cpp, path, n_gpu_layers=0, verbose=False):
         self._lib = llama_cpp
         self._tensors = Tensors(llama_cpp)
         self._interrupt = None
-        # an object the C side calls must outlive every call
-        self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        if not verbose:
-            llama_cpp.llama_log_set(self._log, None)
-        _switch_fasa_off(llama_cpp)
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        self._progress = type(params.progress_callback)(self._guard(lambda done, data: progress(done)))
-        if progress is not None:
-            params.progress_callback = self._progress
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        self._raise_interrupt()
-        if not self._model:
-            raise CalibrateError("llama.cpp cannot load this model (--verbose shows its reason)")
+        with contextlib.ExitStack() as undo:
+            if not verbose:
+                undo.enter_context(_silence(llama_cpp))
+            undo.enter_context(_fasa_off(llama_cpp))
+            llama_cpp.llama_backend_init()
+            params = llama_cpp.llama_model_default_params()
+            params.n_gpu_layers = n_gpu_layers
+            # also where Ctrl-C is noticed while a large model loads
+            params.progress_callback = llama_cpp.llama_progress_callback(self._guard(lambda done, data: None))
+            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+            if self._model:
+                undo.callback(llama_cpp.llama_model_free, self._model)
+            self._raise_interrupt()
+            if not self._model:
+                raise CalibrateError("llama.cpp cannot load this model (--verbose shows its reason)")
+            self._undo = undo.pop_all()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self._lib.llama_model_free(self._model)
-        self._model = None
+        self._undo.close()
 
     def _guard(self, function):
         """A callback that stops the native side on any exception, which is raised again after the native call."""
@@ -97,9 +97,14 @@ class Model:
         """I32 token ids of a str, special tokens as the model wants them."""
         vocab = self._lib.llama_model_get_vocab(self._model)
         data = text.encode()
-        tokens = (ctypes.c_int32 * (len(data) + 8))()
-        n = self._lib.llama_tokenize(vocab, data, len(data), tokens, len(tokens), True, False)
-        if n < 0:
+        n = len(data) + 8
+        for _ in range(2):
+            tokens = (ctypes.c_int32 * max(n, 1))()
+            n = self._lib.llama_tokenize(vocab, data, len(data), tokens, len(tokens), True, False)
+            if n >= 0:
+                break
+            n = -n  # how many there are
+        else:
             raise CalibrateError("the text could not be tokenized")
         return np.array(tokens[:n], np.int32)
 
@@ -186,7 +191,9 @@ class _Graph:
         layer = int(match[1])
         self.seen.add(layer)
         head_size, n_head, n_head_kv = q.ne[0], q.ne[2], k.ne[2]
-        if q.ne[1] != self.n_tokens or q.ne[3] != 1 or k.ne[0] != head_size or n_head % n_head_kv or k.ne[1] < self.n_tokens:
+        as_q = q.ne[1] == self.n_tokens and q.ne[3] == 1
+        as_k = k.ne[0] == head_size and k.ne[1] >= self.n_tokens and n_head_kv > 0 and n_head % n_head_kv == 0
+        if not (as_q and as_k):
             raise CalibrateError(f"attention of layer {layer} has a shape that calibration does not know")
         scale, bias, softcap = np.array(node.op_params[:3], np.int32).view(np.float32)
         if bias != 0:
@@ -223,16 +230,37 @@ class _Graph:
         return True
 
 
-def _switch_fasa_off(llama_cpp):
-    """A calibrated model must be observed dense, whatever its metadata or the environment ask for."""
-
-    class Params(ctypes.Structure):  # llama_fasa_params
-        _fields_ = [(name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch")]
-
+@contextlib.contextmanager
+def _silence(llama_cpp):
+    """llama.cpp logs nothing; then as before. The log callback is one per process."""
+    old, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(old), ctypes.byref(data))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, None)
     try:
-        set_params = llama_cpp.ctypes_function(
-            "llama_fasa_set_params", [ctypes.POINTER(Params)], ctypes.c_int32
-        )(lambda params: 0)
-    except AttributeError:
-        return  # a llama.cpp without FASA
-    set_params(ctypes.byref(Params(mode=0, budget=0, n_sink=-1, n_recent=-1, max_batch=0)))
+        yield
+    finally:
+        llama_cpp.llama_log_set(old, data)
+
+
+class _FasaParams(ctypes.Structure):
+    """struct llama_fasa_params; mode 0 is off."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch")]
+
+
+@contextlib.contextmanager
+def _fasa_off(llama_cpp):
+    """A calibrated model must be observed dense, whatever its metadata say; these settings too are per process."""
+    try:
+        get = c_function(llama_cpp, "llama_fasa_get_params", [], _FasaParams)
+        put = c_function(llama_cpp, "llama_fasa_set_params", [ctypes.POINTER(_FasaParams)], ctypes.c_int32)
+    except AttributeError:  # a llama.cpp without FASA
+        yield
+        return
+    old = get()
+    put(ctypes.byref(_FasaParams(0, old.budget, old.n_sink, old.n_recent, old.max_batch)))
+    try:
+        yield
+    finally:
+        put(ctypes.byref(old))

@@ -1,0 +1,425 @@
+"""Stage metadata: what fasa-calibrate writes, and that it changes nothing else, whatever happens meanwhile."""
+
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import gguf
+import numpy as np
+import pytest
+
+from fasa_calibrate import write
+from fasa_calibrate.cli import main
+from fasa_calibrate.errors import CalibrateError
+from fasa_calibrate.gguf_file import read_gguf
+from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
+from fasa_calibrate.native import load_llama_cpp
+from fasa_calibrate.observe import Model
+from support.tiny_gguf import Shape, write_tiny_gguf
+
+TEXT = "The keeper rang the bell for four hours, and 59 teeth were enough for the clock. " * 10
+TYPES = {  # docs/metadata.md
+    "version": gguf.GGUFValueType.UINT32,
+    "rope_type": gguf.GGUFValueType.STRING,
+    "n_head_kv": gguf.GGUFValueType.INT32,
+    "n_rot": gguf.GGUFValueType.INT32,
+    "n_tip": gguf.GGUFValueType.INT32,
+    "fc": gguf.GGUFValueType.INT32,
+    "n_sink": gguf.GGUFValueType.UINT32,
+    "n_recent": gguf.GGUFValueType.UINT32,
+    "calibration.tool": gguf.GGUFValueType.STRING,
+    "calibration.criterion": gguf.GGUFValueType.STRING,
+    "calibration.text": gguf.GGUFValueType.STRING,
+    "calibration.text_sha256": gguf.GGUFValueType.STRING,
+    "calibration.n_tokens": gguf.GGUFValueType.UINT32,
+    "calibration.n_query": gguf.GGUFValueType.UINT32,
+    "calibration.seed": gguf.GGUFValueType.UINT32,
+    "calibration.budget": gguf.GGUFValueType.UINT32,
+    "calibration.n_sink": gguf.GGUFValueType.UINT32,
+    "calibration.n_recent": gguf.GGUFValueType.UINT32,
+    "calibration.fingerprint": gguf.GGUFValueType.STRING,
+}
+KEYS = [("fasa.version", U32, 1), ("fasa.note", STRING, "x" * 99), ("fasa.fc", ARRAY, list(range(50)))]
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return write_tiny_gguf(folder / "tiny.gguf", "qwen2")
+
+
+def calibrate(model, *args):
+    text = model.parent.parent / "text.txt"
+    text.write_text(TEXT)
+    fast = ["--quiet", "--n-query", "4", "--n-ctx", "300", "--budget", "96", "--criterion", "random"]
+    return main([str(model), "--text", str(text), *fast, *args])
+
+
+def contents(path):
+    """Keys other than ours, in order, with type and value; tensors with type, shape and bytes."""
+    reader = gguf.GGUFReader(path)
+    keys = [
+        (name, field.types, [bytes(part) for part in field.parts])
+        for name, field in reader.fields.items()
+        if not name.startswith(("fasa.", "GGUF."))
+    ]
+    tensors = [(t.name, t.tensor_type, t.shape.tolist(), bytes(t.data)) for t in reader.tensors]
+    return keys, tensors
+
+
+def fasa_fields(path):
+    return {n[5:]: f for n, f in gguf.GGUFReader(path).fields.items() if n.startswith("fasa.")}
+
+
+def leftovers(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+# --- what is written ---
+
+
+def test_only_our_keys_change(model):
+    before = contents(model)
+    assert calibrate(model) == 0
+    assert contents(model) == before
+    assert leftovers(model.parent) == []
+
+
+def test_keys_have_the_types_of_the_contract(model):
+    assert calibrate(model) == 0
+    fields = fasa_fields(model)
+    assert {name: field.types[-1] for name, field in fields.items()} == TYPES
+    arrays = {name for name, field in fields.items() if field.types[0] == gguf.GGUFValueType.ARRAY}
+    assert arrays == {"n_head_kv", "n_rot", "n_tip", "fc"}
+    values = {name: field.contents() for name, field in fields.items()}
+    assert (values["version"], values["rope_type"]) == (1, "neox")
+    assert (values["n_sink"], values["n_recent"], values["calibration.budget"]) == (4, 32, 96)
+    assert (values["calibration.criterion"], values["calibration.text"]) == ("random", "text.txt")
+    assert values["calibration.text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert (values["calibration.n_tokens"], values["calibration.n_query"]) == (300, 4)
+
+
+def test_store_budget(model):
+    assert calibrate(model, "--store-budget", "512", "--sink", "2", "--recent", "7") == 0
+    fields = fasa_fields(model)
+    assert [fields[n].contents() for n in ("budget", "n_sink", "n_recent")] == [512, 2, 7]
+    assert fields["budget"].types == [gguf.GGUFValueType.UINT32]
+
+
+def test_a_second_run_replaces_the_keys(model):
+    assert calibrate(model, "--store-budget", "512") == 0
+    assert calibrate(model) == 0
+    again = model.read_bytes()
+    assert set(fasa_fields(model)) == set(TYPES)  # no budget: it is not what this run was asked for
+    assert calibrate(model) == 0
+    assert model.read_bytes() == again
+
+
+def test_remove_gives_the_file_back(model):
+    original = model.read_bytes()
+    assert calibrate(model) == 0
+    assert model.read_bytes() != original
+    assert main([str(model), "--remove", "--quiet"]) == 0
+    assert model.read_bytes() == original
+
+
+def test_alignment_is_kept(tmp_path, model):
+    aligned = write_tiny_gguf(tmp_path / "aligned.gguf")
+    copy = tmp_path / "copy.gguf"
+    # 4096 in place of 32 moves the data; gguf-py writes it so
+    writer = gguf.GGUFWriter(str(copy), "llama")
+    writer.add_custom_alignment(4096)
+    for tensor in gguf.GGUFReader(aligned).tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    before = contents(copy)
+    write.write_keys(read_gguf(str(copy)), str(copy), KEYS)
+    assert contents(copy) == before
+    assert all(t.data_offset % 4096 == 0 for t in gguf.GGUFReader(copy).tensors)
+
+
+def test_the_calibrated_file_loads_and_tokenizes_as_before(model, tmp_path):
+    out = tmp_path / "out.gguf"
+    assert calibrate(model, "-o", str(out)) == 0
+    with Model(load_llama_cpp(), model) as before, Model(load_llama_cpp(), out) as after:
+        assert after.n_layer == before.n_layer
+        assert np.array_equal(after.tokenize(TEXT), before.tokenize(TEXT))
+
+
+def test_fingerprint_is_of_q_and_k_weights(model, tmp_path):
+    def change(name):
+        path = tmp_path / "changed.gguf"
+        data = bytearray(model.read_bytes())
+        tensor = next(t for t in read_gguf(str(model)).tensors if t.name == name)
+        data[tensor.offset + 5] ^= 1
+        path.write_bytes(data)
+        return fingerprint(read_gguf(str(path)))
+
+    original = fingerprint(read_gguf(str(model)))
+    for name in ("blk.0.attn_q.weight", "blk.3.attn_k.weight", "blk.1.attn_k.bias"):
+        assert change(name) != original
+    assert change("blk.0.attn_v.weight") == original
+    assert calibrate(model) == 0
+    assert fingerprint(read_gguf(str(model))) == original == fasa_fields(model)["calibration.fingerprint"].contents()
+
+
+# --- where it is written ---
+
+
+def test_output_leaves_the_model_alone(model, tmp_path, capsys):
+    before, out = model.read_bytes(), tmp_path / "out.gguf"
+    assert calibrate(model, "-o", str(out)) == 0
+    assert model.read_bytes() == before
+    written = out.read_bytes()
+    assert calibrate(model, "-o", str(out), "--seed", "1") == 1
+    assert "--force" in capsys.readouterr().err and out.read_bytes() == written
+    assert calibrate(model, "-o", str(out), "--seed", "1", "--force") == 0
+    assert out.read_bytes() != written
+    assert calibrate(model, "-o", str(model)) == 0  # the model itself needs no --force
+
+
+def test_links_and_mode_survive(model, tmp_path):
+    link = tmp_path / "link.gguf"
+    link.symlink_to(model)
+    model.chmod(0o640)
+    assert calibrate(link) == 0
+    assert link.is_symlink() and fasa_fields(model)
+    assert model.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("output", ["missing/out.gguf", "models"])
+def test_impossible_outputs(model, tmp_path, capsys, output):
+    assert calibrate(model, "-o", str(tmp_path / output)) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(model, capsys):
+    model.parent.chmod(0o555)
+    try:
+        assert calibrate(model) == 1
+    finally:
+        model.parent.chmod(0o755)
+    assert "not writable" in capsys.readouterr().err
+
+
+# --- when things go wrong ---
+
+
+def test_no_space_is_noticed_before_writing(model, monkeypatch, capsys):
+    before = model.read_bytes()
+    usage = write.shutil.disk_usage(model.parent)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage._replace(free=len(before) // 2))
+    assert main([str(model), "--remove", "--quiet"]) == 1
+    assert "are free" in capsys.readouterr().err
+    assert model.read_bytes() == before and leftovers(model.parent) == []
+
+
+def test_a_write_that_fails_midway(model):
+    """RLIMIT_FSIZE stands for a full disk: the same error path."""
+    before = model.read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    command = [sys.executable, "-m", "fasa_calibrate", str(model), "--remove"]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
+    assert model.read_bytes() == before and leftovers(model.parent) == []
+
+
+REWRITE = """
+import sys
+from fasa_calibrate import write
+from fasa_calibrate.gguf_file import read_gguf
+from fasa_calibrate.metadata import U32
+write._BLOCK = 4096
+pause = __import__("time").sleep if {slow} else None
+with write.termination_as_exception():
+    n = 0
+    while True:
+        n += 1
+        print(n, flush=True)
+        gguf = read_gguf(sys.argv[1])
+        keys = [("fasa.version", U32, n)] * (n % 2)
+        write.write_keys(gguf, sys.argv[1], keys, pause and (lambda size: pause(0.05)))
+"""
+
+
+def rewriting(model, slow=False):
+    """A process that rewrites the model again and again, with and without a key."""
+    command = [sys.executable, "-c", REWRITE.format(slow=slow), str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"1\n"
+    return process
+
+
+def test_killed_at_any_moment_the_file_is_whole(tmp_path, rng):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=2))
+    before = contents(model)
+    for _ in range(20):
+        process = rewriting(model)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert contents(model) == before
+        with Model(load_llama_cpp(), model) as loaded:
+            assert loaded.n_layer == 2
+    assert main([str(model), "--remove", "--quiet"]) == 0
+    assert leftovers(tmp_path) == []  # what the killed runs left is gone
+
+
+def test_a_file_in_use_by_another_run_is_not_removed(model):
+    process = rewriting(model, slow=True)
+    try:
+        while not leftovers(model.parent):
+            assert process.poll() is None
+        write._remove_stale(os.path.join(model.parent, "."))
+        assert leftovers(model.parent)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    write._remove_stale(os.path.join(model.parent, "."))
+    assert not leftovers(model.parent)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_debris(model, number):
+    before = contents(model)
+    process = rewriting(model, slow=True)
+    while not leftovers(model.parent):
+        assert process.poll() is None
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode != 0
+    assert leftovers(model.parent) == [] and contents(model) == before
+
+
+# --- files that are not what they should be ---
+
+
+def refused(capsys, path):
+    before = path.read_bytes() if path.is_file() else None
+    assert main([str(path), "--remove", "--quiet"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("fasa-calibrate: error: ") and message.count("\n") == 1
+    assert before is None or path.read_bytes() == before
+    return message
+
+
+def test_no_file(tmp_path, capsys):
+    assert "No such file" in refused(capsys, tmp_path / "missing.gguf")
+    assert "directory" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 23, 24, 100, 2000, 5000, -1])
+def test_truncated(model, capsys, size):
+    data = model.read_bytes()
+    model.write_bytes(data[:size])
+    message = refused(capsys, model)
+    assert ("not a GGUF" if 0 <= size < 24 else "truncated") in message
+
+
+def patched(model, at, value):
+    data = bytearray(model.read_bytes())
+    data[at : at + len(value)] = value
+    model.write_bytes(data)
+    return model
+
+
+@pytest.mark.parametrize(
+    "at,value,message",
+    [
+        (0, b"GGML", "not a GGUF"),
+        (4, b"\x01\0\0\0", "version 1"),
+        (4, b"\0\0\0\x03", "big-endian"),
+        (8, b"\xff" * 8, "more entries"),
+        (16, b"\xff" * 8, "more entries"),
+        (24, b"\xff" * 8, "too long"),  # length of the first key
+        (32, b"\xff" * 4, "not UTF-8"),  # the key itself
+    ],
+)
+def test_damaged_header(model, capsys, at, value, message):
+    assert message in refused(capsys, patched(model, at, value))
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("tokenizer.ggml.tokens", b"\x09\0\0\0\x08\0\0\0" + b"\xff" * 8, "truncated"),  # an array of 2^64 - 1 strings
+        ("tokenizer.ggml.scores", b"\x09\0\0\0\x06\0\0\0" + b"\xff" * 8, "truncated"),
+        ("general.name", b"\x08\0\0\0" + b"\xff" * 8, "truncated"),
+        ("general.name", b"\x63\0\0\0", "unknown type"),
+    ],
+)
+def test_damaged_key(model, capsys, key, value, message):
+    entry = read_gguf(str(model)).keys[key]
+    assert message in refused(capsys, patched(model, entry.value_at - 4, value))
+
+
+def test_nested_arrays_end(tmp_path, capsys):
+    deep = (9).to_bytes(4, "little") + (1).to_bytes(8, "little")
+    key = (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little") + deep * 5000
+    path = tmp_path / "deep.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little") + key)
+    assert "unknown type" in refused(capsys, path)
+
+
+@pytest.mark.parametrize(
+    "at,value,message", [(0, 99, "dimensions"), (4, 1 << 60, "outside"), (20, 9999, "unknown type")]
+)
+def test_damaged_tensor_table(model, capsys, at, value, message):
+    data = model.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    start = data.index(name) + len(name)
+    size = 8 if at == 4 else 4
+    assert message in refused(capsys, patched(model, start + at, value.to_bytes(size, "little")))
+
+
+@pytest.mark.parametrize(
+    "extra,message",
+    [
+        ({"split.count": 3}, "split"),
+        ({"llama.attention.kv_lora_rank": 64}, "MLA"),
+    ],
+)
+def test_models_that_are_not_supported(tmp_path, capsys, extra, message):
+    assert message in refused(capsys, write_tiny_gguf(tmp_path / "tiny.gguf", extra=extra))
+
+
+def test_no_tensors_and_big_endian(tmp_path, capsys):
+    for name, order, message in (("a", "LITTLE", "no tensors"), ("b", "BIG", "big-endian")):
+        path = tmp_path / f"{name}.gguf"
+        writer = gguf.GGUFWriter(str(path), "llama", endianess=gguf.GGUFEndian[order])
+        writer.add_name("empty")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert message in refused(capsys, path)
+
+
+def test_random_damage_is_refused_or_harmless(model, tmp_path, rng):
+    """No damage to header, keys or tensor table may end in another exception than ours."""
+    data, end = model.read_bytes(), read_gguf(str(model)).infos_end
+    path, n_refused = tmp_path / "damaged.gguf", 0
+    for _ in range(400):
+        broken = bytearray(data)
+        for at in rng.integers(0, end, rng.integers(1, 8)):
+            broken[at] = rng.integers(0, 256)
+        path.write_bytes(broken)
+        try:
+            read_gguf(str(path))
+        except CalibrateError:
+            n_refused += 1
+    assert n_refused > 100
