@@ -21,8 +21,8 @@ PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter that sees the same packages."""
-    path = os.pathsep.join(filter(None, [env.pop("PYTHONPATH", ""), str(Path(fasa.__file__).parent.parent)]))
-    environ = {**os.environ, "PYTHONPATH": path, **env}
+    paths = [env.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", ""), str(Path(fasa.__file__).parent.parent)]
+    environ = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False)
 
 
