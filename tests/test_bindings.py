@@ -16,7 +16,8 @@ from fasa import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch"]
-PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
+# about 300 tokens: the cache is looked at in steps of 256, and must be larger than the budget for a sparse step
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 30
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
