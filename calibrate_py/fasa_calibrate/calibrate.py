@@ -20,8 +20,8 @@ class Options:
     criterion: str = "mass"
     n_tip: int = None  # None: see DEFAULT_N_TIP
     rules: Rules = field(default_factory=Rules)
-    n_ctx: int = 2048
-    n_query: int = 32
+    n_ctx: int = 4096
+    n_query: int = 48
     dense_layers: int = 2
     seed: int = 0
 
