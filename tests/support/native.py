@@ -1,6 +1,6 @@
 """The patched libraries, as the tests call them: through cffi, with declarations read from our own headers.
 
-The folder of the libraries is FASA_LIB_DIR, else that of the installed package ``fasa``.
+The folder of the libraries is LLAMA_CPP_LIB_PATH, which llama-cpp-python reads too, else that of the package ``fasa``.
 """
 
 import functools
@@ -51,8 +51,8 @@ def declarations(header):
 
 def lib_dir():
     """The folder that holds the patched libraries, or None."""
-    if os.environ.get("FASA_LIB_DIR"):
-        return Path(os.environ["FASA_LIB_DIR"])
+    if os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(os.environ["LLAMA_CPP_LIB_PATH"])
     spec = importlib.util.find_spec("fasa")
     folder = Path(spec.origin).parent / "lib" if spec and spec.origin else None
     return folder if folder and folder.is_dir() else None
@@ -63,7 +63,7 @@ def ggml():
     """(ffi, library) of libggml-cpu with our op, and of libggml-base below it."""
     folder = lib_dir()
     if folder is None:
-        pytest.fail("no patched libraries: install the package, or set FASA_LIB_DIR to their folder")
+        pytest.fail("no patched libraries: install the package, or set LLAMA_CPP_LIB_PATH to their folder")
     ffi = cffi.FFI()
     ffi.cdef(GGML_CDEF + "".join(map(declarations, HEADERS)))
     base = ffi.dlopen(str(folder / "libggml-base.so"), ffi.RTLD_GLOBAL | ffi.RTLD_NOW)
