@@ -1,0 +1,274 @@
+"""Stage index_cache over the life of a KV cache: after every operation FASA answers as a fresh context does.
+
+A stale index gives fluent wrong answers, so each test ends with the same comparison: logits of sparse steps after the
+operation against those of a context that read the same tokens and nothing else.
+"""
+
+import numpy as np
+import pytest
+from support import gguf_keys, tolerances
+from support.runtime import OFF, ON, Model, fasa_params, llama
+from support.tiny_gguf import N_VOCAB, Shape, write_tiny_gguf
+
+BUDGET, N_SINK, N_RECENT = 64, 4, 12
+N_TIP = [4, 6, 0]
+N_CTX = 1024
+STEPS = 9  # sparse decode steps compared
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def model(request, tmp_path_factory):
+    """A tiny calibrated model; its attention is sharp, so that a wrong selection shows."""
+    shape, folder = Shape(n_layer=3), tmp_path_factory.mktemp("model")
+    plain = write_tiny_gguf(folder / "plain.gguf", request.param, shape, sharpness=3.0)
+    fcs = gguf_keys.random_fcs(np.random.default_rng(3), shape.n_head_kv, shape.head_size, N_TIP)
+    rope_type = {"llama": "norm", "qwen2": "neox"}[request.param]
+    keys = gguf_keys.fasa_keys(3, shape.n_head_kv, shape.head_size, N_TIP, fcs, rope_type)
+    with Model(gguf_keys.with_keys(plain, folder / "model.gguf", keys)) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def text(rng):
+    """A function that makes n random tokens."""
+    return lambda n: [int(t) for t in rng.integers(3, N_VOCAB, n)]
+
+
+@pytest.fixture
+def fasa(model):
+    """A function that creates a context with FASA on."""
+    made = []
+
+    def create(mode=ON, **kwargs):
+        with fasa_params(mode, BUDGET, N_SINK, N_RECENT):
+            made.append(model.context(n_ctx=kwargs.pop("n_ctx", N_CTX), **kwargs))
+        assert made[-1].info().active == (mode == ON)
+        return made[-1]
+
+    yield create
+    for ctx in made:
+        llama().llama_free(ctx.handle)
+
+
+def steps(ctx, tokens, seq=0):
+    """Logits of sparse decode steps."""
+    before = ctx.stats().n_step_sparse
+    logits = np.stack([ctx.decode([token], seq=seq) for token in tokens])
+    assert ctx.stats().n_step_sparse == before + len(tokens), "the steps were not sparse"
+    return logits
+
+
+def check(ctx, fresh, prompt, tokens, seq=0):
+    """Sparse steps over tokens in ctx, which holds prompt, equal those of a fresh context that reads prompt."""
+    expected = steps_after(fresh, prompt, tokens)
+    assert difference(steps(ctx, tokens, seq), expected) <= tolerances.LIFECYCLE_NMSE
+
+
+def difference(actual, expected):
+    """Median NMSE over steps: one step in many may decide a near tie otherwise, a stale index spoils every one."""
+    return float(np.median([tolerances.nmse(a, e) for a, e in zip(actual, expected)]))
+
+
+def steps_after(ctx, prompt, tokens):
+    ctx.decode(prompt)
+    return steps(ctx, tokens)
+
+
+def rm(ctx, seq, first, end):
+    assert llama().llama_memory_seq_rm(ctx.memory, seq, first, end)
+
+
+def test_the_comparison_can_fail(fasa, text):
+    """Dense steps are far outside the tolerance, and so is a context whose first 200 tokens were others."""
+    prompt, tokens = text(500), text(STEPS)
+    expected = steps_after(fasa(), prompt, tokens)
+    dense = fasa(OFF)
+    dense.decode(prompt)
+    assert difference([dense.decode([t]) for t in tokens], expected) > 100 * tolerances.LIFECYCLE_NMSE
+    assert difference(steps_after(fasa(), text(200) + prompt[200:], tokens), expected) > 100 * tolerances.LIFECYCLE_NMSE
+    assert np.array_equal(steps_after(fasa(), prompt, tokens), expected)
+
+
+def test_append(fasa, text):
+    """A prompt in pieces."""
+    pieces = [text(300), text(37), text(9), text(120)]
+    ctx = fasa()
+    for piece in pieces:
+        ctx.decode(piece)
+    check(ctx, fasa(), sum(pieces, []), text(STEPS))
+
+
+def test_reuse_of_a_prefix(fasa, text):
+    """seq_rm of the tail, then another continuation in its cells."""
+    prefix, old, new = text(350), text(200), text(180)
+    ctx = fasa()
+    ctx.decode(prefix + old)
+    steps(ctx, text(STEPS))
+    rm(ctx, 0, len(prefix), -1)
+    ctx.decode(new)
+    check(ctx, fasa(), prefix + new, text(STEPS))
+
+
+def test_step_back_and_decode_again(fasa, text):
+    """Single tokens taken back and replaced, as speculative decoding does."""
+    prompt = text(400)
+    ctx = fasa()
+    ctx.decode(prompt)
+    for n_back in (1, 2, 3, 1):
+        ctx.decode(text(4))
+        rm(ctx, 0, len(prompt) + 4 - n_back, -1)
+        rm(ctx, 0, len(prompt), -1)
+        prompt += (kept := text(2))
+        steps(ctx, kept)
+    expected = fasa()
+    expected.decode(prompt[:400])
+    for token in prompt[400:]:
+        expected.decode([token])
+    tokens = text(STEPS)
+    assert difference(steps(ctx, tokens), steps(expected, tokens)) <= tolerances.LIFECYCLE_NMSE
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_clear(fasa, text, data):
+    ctx, prompt = fasa(), text(420)
+    steps_after(ctx, text(700), text(STEPS))
+    llama().llama_memory_clear(ctx.memory, data)
+    ctx.decode(prompt)
+    check(ctx, fasa(), prompt, text(STEPS))
+
+
+def test_holes_are_filled(fasa, text):
+    """Two sequences in one cache; the first is removed and its cells are taken by a third: cells out of order."""
+    first, second, third = text(200), text(380), text(330)
+    ctx = fasa(n_seq=3, unified=True)
+    for i in range(0, 200, 50):  # interleaved, so that holes lie between cells in use
+        ctx.decode(first[i : i + 50], seq=0)
+        ctx.decode(second[i : i + 50], seq=1)
+    ctx.decode(second[200:], seq=1)
+    rm(ctx, 0, -1, -1)
+    ctx.decode(third, seq=2)
+    tokens = text(STEPS)
+    for seq, prompt in ((1, second), (2, third)):
+        check(ctx, fasa(), prompt, tokens, seq)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_two_sequences(fasa, text, unified):
+    """Alone and in one batch, sequences do not see each other."""
+    prompts, tokens = [text(300), text(480)], [text(STEPS), text(STEPS)]
+    ctx = fasa(n_ctx=2 * N_CTX, n_seq=2, unified=unified)
+    expected = [steps_after(fasa(), prompts[seq], tokens[seq]) for seq in (0, 1)]
+    for seq, prompt in enumerate(prompts):
+        ctx.decode(prompt, seq=seq)
+    before = ctx.stats().n_row_sparse
+    batches = [[(tokens[s][i], len(prompts[s]) + i, [s]) for s in (0, 1)] for i in range(STEPS)]
+    actual = np.stack([ctx.decode_rows(rows) for rows in batches])  # [step, sequence, n_vocab]
+    for seq in (0, 1):
+        assert difference(actual[:, seq], expected[seq]) <= tolerances.LIFECYCLE_NMSE, f"sequence {seq}"
+    assert ctx.stats().n_row_sparse == before + 2 * STEPS
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_seq_cp(fasa, text, unified):
+    """A copied sequence goes on by itself; with streams its K, and so its index, is copied to other cells."""
+    prompt, ours, theirs = text(450), text(60), text(80)
+    ctx = fasa(n_ctx=2 * N_CTX, n_seq=2, unified=unified)
+    ctx.decode(text(500), seq=1)  # leaves something else in the target's cells
+    rm(ctx, 1, -1, -1)
+    ctx.decode(prompt, seq=0)
+    llama().llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+    ctx.decode(ours, seq=0)
+    ctx.decode(theirs, seq=1)
+    tokens = text(STEPS)
+    check(ctx, fasa(), prompt + theirs, tokens, seq=1)
+    check(ctx, fasa(), prompt + ours, tokens, seq=0)
+
+
+def test_seq_keep(fasa, text):
+    prompt = text(400)
+    ctx = fasa(n_seq=2, unified=True)
+    ctx.decode(text(300), seq=1)
+    ctx.decode(prompt, seq=0)
+    llama().llama_memory_seq_keep(ctx.memory, 0)
+    check(ctx, fasa(), prompt, text(STEPS))
+
+
+def test_state_of_the_context(fasa, text):
+    """Saved and loaded, into a used and into a fresh context; the index is rebuilt at once, not in a timed step."""
+    prompt, tokens = text(430), text(STEPS)
+    source = fasa()
+    expected = steps_after(source, prompt, tokens)
+    rm(source, 0, len(prompt), -1)
+    state = source.save()
+    used = fasa()
+    steps_after(used, text(600), text(2))
+    for ctx in (used, fasa(), source):
+        before = ctx.stats().n_index_rebuild
+        ctx.load(state)
+        assert ctx.stats().n_index_rebuild == before + 1
+        assert difference(steps(ctx, tokens), expected) <= tolerances.LIFECYCLE_NMSE
+        assert ctx.stats().n_index_rebuild == before + 1
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_state_of_a_sequence(fasa, text, unified):
+    """One sequence saved, and loaded as another one of another context, whose own go on undisturbed."""
+    prompt, other, tokens = text(430), text(350), text(STEPS)
+    source, ctx = (fasa(n_ctx=2 * N_CTX, n_seq=3, unified=unified) for _ in range(2))
+    source.decode(prompt, seq=1)
+    state = source.save(seq=1)
+    ctx.decode(other, seq=0)
+    ctx.decode(text(150), seq=2)
+    ctx.load(state, seq=1)
+    check(ctx, fasa(), prompt, tokens, seq=1)
+    check(ctx, fasa(), other, tokens, seq=0)
+    ctx.load(state, seq=0)  # over a sequence in use
+    check(ctx, fasa(), prompt, tokens, seq=0)
+
+
+def test_state_of_a_dense_context(fasa, text):
+    """State files hold no index: what was saved with FASA off loads with FASA on, and the other way round."""
+    prompt, tokens = text(430), text(STEPS)
+    dense, sparse = fasa(OFF), fasa()
+    dense.decode(prompt)
+    expected = np.stack([dense.decode([t]) for t in tokens])
+    rm(dense, 0, len(prompt), -1)
+    sparse.load(dense.save())
+    check(sparse, fasa(), prompt, tokens)
+    rm(sparse, 0, len(prompt), -1)
+    again = fasa(OFF)
+    again.load(sparse.save())
+    assert difference([again.decode([t]) for t in tokens], expected) <= tolerances.LIFECYCLE_NMSE
+
+
+def test_context_shift(fasa, text):
+    """seq_add rotates cached K in place, and the index with it: an index from before the shift fails this test.
+
+    The reference is a state load of the shifted cache, which rebuilds the index from K.
+    """
+    prompt, tokens = text(600), text(STEPS)
+    ctx = fasa()
+    assert llama().llama_memory_can_shift(ctx.memory)
+    steps_after(ctx, prompt, text(2))
+    rm(ctx, 0, 100, 250)
+    llama().llama_memory_seq_add(ctx.memory, 0, 250, -1, -150)
+    n = llama().llama_memory_seq_pos_max(ctx.memory, 0) + 1
+    assert n == 602 - 150
+    actual = steps(ctx, tokens)
+    assert ctx.stats().n_index_rebuild == 1
+    rm(ctx, 0, n, -1)
+    reference = fasa()
+    reference.load(ctx.save())
+    assert difference(actual, steps(reference, tokens)) <= tolerances.LIFECYCLE_NMSE
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_context_shift_of_one_sequence(fasa, text, unified):
+    """The other sequence is not disturbed."""
+    prompt, tokens = text(400), text(STEPS)
+    ctx = fasa(n_ctx=2 * N_CTX, n_seq=2, unified=unified)
+    ctx.decode(text(500), seq=0)
+    ctx.decode(prompt, seq=1)
+    rm(ctx, 0, 0, 100)
+    llama().llama_memory_seq_add(ctx.memory, 0, 100, -1, -100)
+    check(ctx, fasa(), prompt, tokens, seq=1)

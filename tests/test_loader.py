@@ -1,0 +1,215 @@
+"""Stage loader: every way in which fasa.* keys can be wrong, each from a hand-made file, has a sentence of its own."""
+
+import numpy as np
+import pytest
+from support import gguf_keys
+from support.gguf_keys import F32, I32, STRING, U64, array, scalar, with_keys
+from support.runtime import AUTO, OFF, ON, Model, fasa_api, fasa_params, last_error, log_lines
+from support.tiny_gguf import Shape, write_tiny_gguf
+
+SHAPE = Shape()  # 4 layers, 2 KV heads of 32 dims: 16 FCs a head
+N_TIP = [3, 0, 5, 1]
+N_FC = 2 * sum(N_TIP)
+
+
+def valid(rope_type="norm"):
+    fcs = gguf_keys.random_fcs(np.random.default_rng(7), SHAPE.n_head_kv, SHAPE.head_size, N_TIP)
+    return gguf_keys.fasa_keys(SHAPE.n_layer, SHAPE.n_head_kv, SHAPE.head_size, N_TIP, fcs, rope_type)
+
+
+def changed(key, at, value):
+    """The valid array of a key with one element replaced."""
+    values = list(valid()[key])
+    values[at] = value
+    return {key: values}
+
+
+# name -> (changes to the valid keys, None removes one; what the sentence must say)
+BROKEN = {
+    "version 0": ({"fasa.version": 0}, "fasa.version is 0"),
+    "version 2": ({"fasa.version": 2}, "fasa.version is 2"),
+    "version of another type": ({"fasa.version": "1"}, "fasa.version is not a u32"),
+    "version signed": ({"fasa.version": scalar(I32, 1)}, "fasa.version is not a u32"),
+    "no rope_type": ({"fasa.rope_type": None}, "fasa.rope_type is missing"),
+    "no n_head_kv": ({"fasa.n_head_kv": None}, "fasa.n_head_kv is missing"),
+    "no n_rot": ({"fasa.n_rot": None}, "fasa.n_rot is missing"),
+    "no n_tip": ({"fasa.n_tip": None}, "fasa.n_tip is missing"),
+    "no fc": ({"fasa.fc": None}, "fasa.fc is missing"),
+    "rope_type of another type": ({"fasa.rope_type": 1}, "fasa.rope_type is not a string"),
+    "rope_type unknown": ({"fasa.rope_type": "mrope"}, "fasa.rope_type is neither norm nor neox"),
+    "rope_type of another model": ({"fasa.rope_type": "neox"}, "fasa.rope_type is neox, but the model has norm"),
+    "n_head_kv no array": ({"fasa.n_head_kv": 2}, "fasa.n_head_kv is not an i32 array"),
+    "n_head_kv too short": ({"fasa.n_head_kv": [2, 2, 2]}, "fasa.n_head_kv has 3 values instead of 4"),
+    "n_head_kv of another model": (changed("fasa.n_head_kv", 2, 4), "fasa.n_head_kv is 4 in layer 2"),
+    "n_rot too long": ({"fasa.n_rot": [32] * 5}, "fasa.n_rot has 5 values instead of 4"),
+    "n_rot of another model": (changed("fasa.n_rot", 1, 64), "fasa.n_rot is 64 in layer 1"),
+    "n_tip empty": ({"fasa.n_tip": array(I32, [])}, "fasa.n_tip has 0 values instead of 4"),
+    "n_tip above n_rot / 2": (changed("fasa.n_tip", 0, 17), "fasa.n_tip is 17 in layer 0, outside [0, 16]"),
+    "n_tip huge": (changed("fasa.n_tip", 0, 2**31 - 1), "fasa.n_tip is 2147483647 in layer 0"),
+    "n_tip negative": (changed("fasa.n_tip", 3, -1), "fasa.n_tip is -1 in layer 3"),
+    "n_tip all 0": ({"fasa.n_tip": [0] * 4, "fasa.fc": array(I32, [])}, "fasa.n_tip is 0 in every layer"),
+    "n_tip of floats": ({"fasa.n_tip": array(F32, N_TIP)}, "fasa.n_tip is not an i32 array"),
+    "fc of strings": ({"fasa.fc": array(STRING, ["1"] * N_FC)}, "fasa.fc is not an i32 array"),
+    "fc of 64 bits": ({"fasa.fc": array(U64, [1] * N_FC)}, "fasa.fc is not an i32 array"),
+    "fc too short": ({"fasa.fc": valid()["fasa.fc"][:-1]}, f"fasa.fc has {N_FC - 1} values instead of {N_FC}"),
+    "fc too long": ({"fasa.fc": valid()["fasa.fc"] + [0]}, f"fasa.fc has {N_FC + 1} values instead of {N_FC}"),
+    "fc out of range": (changed("fasa.fc", 5, 16), "fasa.fc names FC 16 in layer 0, outside [0, 16)"),
+    "fc negative": (changed("fasa.fc", 6, -1), "fasa.fc names FC -1 in layer 2"),
+    "fc twice": (changed("fasa.fc", 1, valid()["fasa.fc"][0]), "fasa.fc is not ascending in layer 0, KV head 0"),
+    "fc descending": ({"fasa.fc": [2, 1, 0] + valid()["fasa.fc"][3:]}, "fasa.fc is not ascending in layer 0"),
+    "budget 0": ({"fasa.budget": 0}, "fasa.budget is 0, outside"),
+    "budget huge": ({"fasa.budget": 2**32 - 1}, "fasa.budget is 4294967295, outside"),
+    "budget of another type": ({"fasa.budget": "256"}, "fasa.budget is not a u32"),
+    "n_sink huge": ({"fasa.n_sink": 2**31}, "fasa.n_sink is 2147483648, outside"),
+    "n_recent of another type": ({"fasa.n_recent": [1]}, "fasa.n_recent is not a u32"),
+}
+
+# files that llama.cpp itself must refuse to read
+UNREADABLE = {
+    "array longer than the file": {"fasa.fc": array(I32, [1, 2, 3], length=2**40)},
+    "array of a length that overflows": {"fasa.fc": array(I32, [1, 2, 3], length=2**62 + 1)},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A model without fasa.* keys."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "plain.gguf", "llama", SHAPE)
+
+
+def calibrated(plain, path, changes=None):
+    keys = {**valid(), **(changes or {})}
+    return with_keys(plain, path, {name: value for name, value in keys.items() if value is not None})
+
+
+def decode(ctx):
+    logits = ctx.decode(np.arange(40))
+    assert np.isfinite(logits).all()
+    return logits
+
+
+def test_valid_file(plain, tmp_path):
+    with Model(calibrated(plain, tmp_path / "model.gguf")) as model:
+        assert model.calibrated() == (1, "")
+        with fasa_params(ON), model.context() as ctx:
+            info = ctx.info()
+            assert (info.active, info.n_layer_sparse, info.n_layer_dense) == (1, 3, 1)
+            assert (info.n_tip_min, info.n_tip_max, info.budget) == (1, 5, 256)
+            assert info.index_bytes == 2 * N_FC * 1024 * 2  # two dims of f16 for each FC and cell
+            assert info.kv_bytes == 2 * 4 * 2 * 32 * 1024 * 2
+            decode(ctx)
+
+
+def test_file_without_calibration(plain):
+    """It is no error unless FASA is asked for."""
+    with Model(plain) as model:
+        assert model.calibrated() == (0, "")
+        for params in (fasa_params(OFF), fasa_params(AUTO), fasa_params(AUTO, 128)):
+            with params, model.context() as ctx:
+                assert ctx.info().active == 0
+                decode(ctx)
+        with fasa_params(ON), pytest.raises(RuntimeError, match="the model is not calibrated, run fasa-calibrate"):
+            model.context()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_metadata(plain, tmp_path, name):
+    """One sentence per cause; FASA on and auto refuse; with FASA off the file is a model like any other."""
+    changes, sentence = BROKEN[name]
+    with Model(calibrated(plain, tmp_path / "model.gguf", changes)) as model, Model(plain) as plain_model:
+        status, error = model.calibrated()
+        assert status == -1 and sentence in error
+        assert error.count(". ") == 0 and "\n" not in error and error.isascii()
+        for params in (fasa_params(ON), fasa_params(AUTO), fasa_params(AUTO, 128)):
+            del log_lines[:]
+            with params:
+                with pytest.raises(RuntimeError):
+                    model.context()
+                assert sentence in last_error() and sentence in "".join(log_lines)
+        with fasa_params(OFF), model.context() as ctx, plain_model.context() as plain_ctx:
+            assert ctx.info().active == 0
+            assert np.array_equal(decode(ctx), decode(plain_ctx))
+
+
+def test_no_two_causes_share_a_sentence():
+    """A sentence names its cause, so different causes read differently."""
+    sentences = [sentence for _, sentence in BROKEN.values()]
+    shared = {s for s in sentences if sentences.count(s) > 1}
+    assert shared <= {"fasa.version is not a u32", "fasa.n_tip is not an i32 array", "fasa.fc is not an i32 array"}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_file(plain, tmp_path, name):
+    """A length that the file cannot hold is refused with the file, at once."""
+    path = calibrated(plain, tmp_path / "model.gguf", UNREADABLE[name])
+    with pytest.raises(RuntimeError, match="fasa.fc|key-value"):
+        Model(path)
+
+
+def test_rope_of_the_other_kind(tmp_path):
+    """The same check on a NEOX model."""
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", "qwen2", SHAPE)
+    with Model(with_keys(plain, tmp_path / "neox.gguf", valid("neox"))) as model:
+        assert model.calibrated() == (1, "")
+    with Model(with_keys(plain, tmp_path / "norm.gguf", valid("norm"))) as model:
+        status, error = model.calibrated()
+        assert status == -1 and "fasa.rope_type is norm, but the model has neox" in error
+
+
+@pytest.mark.parametrize(
+    "in_file, params",
+    [
+        ({}, dict(budget=36)),
+        ({}, dict(budget=100, n_sink=60, n_recent=40)),
+        ({"fasa.budget": 20}, {}),
+        ({"fasa.n_sink": 200, "fasa.n_recent": 100}, dict(budget=300)),
+        ({"fasa.n_sink": 2**24, "fasa.n_recent": 2**24}, dict(budget=300)),
+        ({"fasa.budget": 64}, dict(n_recent=60)),
+    ],
+)
+def test_forced_tokens_must_fit_the_budget(plain, tmp_path, in_file, params):
+    """Sinks and recents at or above the budget are refused, whoever set which."""
+    with Model(calibrated(plain, tmp_path / "model.gguf", in_file)) as model:
+        for mode in (ON, AUTO):
+            with fasa_params(mode, **params):
+                if mode == AUTO and not params.get("budget") and "fasa.budget" not in in_file:
+                    continue
+                with pytest.raises(RuntimeError, match="leave no room in a budget of"):
+                    model.context()
+        with fasa_params(OFF, **params), model.context() as ctx:
+            decode(ctx)
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (dict(type_k=8), "KV cache type q8_0 is not supported yet"),
+        (dict(type_v=8), "KV cache type q8_0 is not supported yet"),
+        (dict(flash_attn_type=0), "FASA needs flash attention"),
+    ],
+)
+def test_contexts_that_cannot(plain, tmp_path, more, sentence):
+    """FASA on refuses a context that it cannot serve; auto decodes it dense, with a warning."""
+    with Model(calibrated(plain, tmp_path / "model.gguf")) as model:
+        with fasa_params(ON), pytest.raises(RuntimeError, match=sentence):
+            model.context(**more)
+        del log_lines[:]
+        with fasa_params(AUTO, 128), model.context(**more) as ctx:
+            assert ctx.info().active == 0 and sentence in "".join(log_lines)
+            decode(ctx)
+
+
+@pytest.mark.parametrize(
+    "params, name",
+    [((3, 0, -1, -1, 0), "mode"), ((-1, 0, -1, -1, 0), "mode"), ((2, -1, -1, -1, 0), "budget"),
+     ((2, 2**24 + 1, -1, -1, 0), "budget"), ((2, 0, -2, -1, 0), "n_sink"), ((2, 0, -1, -2, 0), "n_recent"),
+     ((2, 0, -1, -1, -1), "max_batch"), ((2, 0, -1, 2**31 - 1, 0), "n_recent")],
+)  # fmt: skip
+def test_params_out_of_range_change_nothing(params, name):
+    ffi, lib = fasa_api()
+    with fasa_params(AUTO, 100, 5, 6, 7):
+        assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", params)) == -1
+        assert f"FASA: {name} is " in last_error() and ", outside [" in last_error()
+        now = lib.llama_fasa_get_params()
+        assert (now.mode, now.budget, now.n_sink, now.n_recent, now.max_batch) == (AUTO, 100, 5, 6, 7)
+        assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", now)) == 0 and last_error() == ""
