@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from support import tolerances
 from support.gguf_keys import fasa_keys, random_fcs, with_keys
 from support.runtime import AUTO, OFF, ON, Model, fasa_params
@@ -153,8 +154,10 @@ def test_every_row_of_a_batch_is_sparse(subjects, arch):
     for first in range(0, 640, 128):
         chunk = subject.tokens[first : first + 128]
         rows, margin = oracle.forward(chunk, sparse=first + 128 > 256)
-        expected.append(rows), margins.append(margin)
-    with sparse_params(max_batch=128), Model(subject.path[f"{arch}-batch"]) as model, model.context(n_ubatch=128) as ctx:
+        expected.append(rows)
+        margins.append(margin)
+    path = subject.path[f"{arch}-batch"]
+    with sparse_params(max_batch=128), Model(path) as model, model.context(n_ubatch=128) as ctx:
         actual = ctx.decode(subject.tokens[:640], all_logits=True)
         stats = ctx.stats()
     assert (stats.n_step_sparse, stats.n_row_sparse, stats.n_step_dense, stats.n_step_prefill) == (3, 384, 2, 0)

@@ -6,6 +6,7 @@ operation against those of a context that read the same tokens and nothing else.
 
 import numpy as np
 import pytest
+
 from support import gguf_keys, tolerances
 from support.runtime import OFF, ON, Model, fasa_params, llama
 from support.tiny_gguf import N_VOCAB, Shape, write_tiny_gguf

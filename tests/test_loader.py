@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from support import gguf_keys
 from support.gguf_keys import F32, I32, STRING, U64, array, scalar, with_keys
 from support.runtime import AUTO, OFF, ON, Model, fasa_api, fasa_params, last_error, log_lines

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+
 from oracle import fasa_oracle as oracle
 from support import shapes, tolerances
 from support.native import Graph, ggml
@@ -273,7 +274,7 @@ def test_backend_ops_of_upstream():
     """Upstream's harness runs our cases: the fast path against the reference, with guards around every tensor."""
     program = os.environ.get("FASA_TEST_BACKEND_OPS")
     if not program:
-        pytest.skip("FASA_TEST_BACKEND_OPS names no test-backend-ops (a CMake build with -DFASA_BUILD_TESTS=ON makes it)")
+        pytest.skip("FASA_TEST_BACKEND_OPS names no test-backend-ops; CMake makes it with -DFASA_BUILD_TESTS=ON")
     done = subprocess.run([program, "-b", "CPU", "-o", "FASA_ATTN"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)

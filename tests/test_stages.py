@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from oracle import fasa_oracle as oracle
 from support import shapes, tolerances
 from support.native import ggml, pointer
@@ -46,7 +47,8 @@ def run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=None):
     scratch = np.full(lib.ggml_fasa_cpu_fac_scratch(n_group, len(cells), d_v) + TILE, np.nan, np.float32)
     out = np.full((n_group, out_stride), np.nan, np.float32)
     lib.ggml_fasa_cpu_fac(
-        pointer(q, "float *"), n_group, q.shape[1], pointer(k, "void *"), k.strides[0], pointer(v, "void *"), v.strides[0],
+        pointer(q, "float *"), n_group, q.shape[1],
+        pointer(k, "void *"), k.strides[0], pointer(v, "void *"), v.strides[0],
         k.shape[2], d_v, pointer(cells, "int32_t *"), len(cells), scale, softcap,
         pointer(sinks, "float *"), pointer(scratch, "float *"), pointer(out, "float *"), out_stride, use_ref,
     )  # fmt: skip

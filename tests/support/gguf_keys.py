@@ -5,6 +5,7 @@ import struct
 import numpy as np
 
 U32, I32, F32, STRING, ARRAY, U64 = 4, 5, 6, 8, 9, 10  # value types of GGUF
+FORMATS = {U32: "<I", I32: "<i", F32: "<f", U64: "<Q"}
 ALIGNMENT = 32
 KEYS_AT = 24  # magic, version, number of tensors, number of keys
 
@@ -16,7 +17,7 @@ def string(text):
 
 def scalar(kind, value):
     """(type, bytes) of one value."""
-    return kind, string(value) if kind == STRING else struct.pack({U32: "<I", I32: "<i", F32: "<f", U64: "<Q"}[kind], value)
+    return kind, string(value) if kind == STRING else struct.pack(FORMATS[kind], value)
 
 
 def array(kind, values, length=None):
@@ -26,7 +27,7 @@ def array(kind, values, length=None):
 
 
 def encode(value):
-    """(type, bytes) of a Python value as docs/metadata.md types it: u32, string or i32 array; such pairs stay as they are."""
+    """(type, bytes) of a value typed as in docs/metadata.md: u32, string or i32 array; such pairs stay as they are."""
     if isinstance(value, tuple):
         return value
     if isinstance(value, str):
@@ -38,7 +39,8 @@ def with_keys(source, path, keys):
     """Writes a copy of the GGUF file source to path, with more keys in front of its own; returns path."""
     data = source.read_bytes()
     assert data[:4] == b"GGUF"
-    entries = [string(name) + struct.pack("<I", kind) + raw for name, (kind, raw) in ((k, encode(keys[k])) for k in keys)]
+    encoded = {name: encode(value) for name, value in keys.items()}
+    entries = [string(name) + struct.pack("<I", kind) + raw for name, (kind, raw) in encoded.items()]
     (n_keys,) = struct.unpack_from("<Q", data, 16)
     # one more key fills up to the alignment, so that tensor data keep their place behind the header
     filler = string(f"test.filler.{n_keys}") + struct.pack("<I", STRING)

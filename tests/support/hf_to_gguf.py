@@ -18,7 +18,7 @@ GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 
 
 def pair_neighbours(weight, n_head):
-    """Rows of q or k reordered from rotary pairs (i, i + d/2), as transformers has them, to (2i, 2i + 1) of NORM rope."""
+    """Rows of q or k reordered from transformers' rotary pairs (i, i + d/2) to the pairs (2i, 2i + 1) of NORM rope."""
     d = weight.shape[0] // n_head
     return weight.reshape(n_head, 2, d // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 

@@ -58,7 +58,7 @@ def lib_dir():
     return folder if folder and folder.is_dir() else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def ggml():
     """(ffi, library) of libggml-cpu with our op, and of libggml-base below it."""
     folder = lib_dir()

@@ -1,6 +1,7 @@
 """The forward pass of a transformers Llama or Qwen2 in NumPy float64, whose attention can be the FASA oracle."""
 
 import numpy as np
+
 from oracle import fasa_oracle as oracle
 
 

@@ -17,7 +17,7 @@ OFF, AUTO, ON = 0, 1, 2
 log_lines = []  # what llama.cpp said, newest last
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def llama():
     """The stock module llama_cpp on the patched libraries, its log going to log_lines."""
     from fasa import _native
@@ -34,7 +34,7 @@ def llama():
     return module
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fasa_api():
     """(ffi, library) with the functions of llama-fasa.h."""
     llama()

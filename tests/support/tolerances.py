@@ -26,9 +26,9 @@ OP_NMSE = 1e-6
 # nearer than that f32 may rightly choose the other cell. Logits there are below 10: 10 * sqrt(J) * eps32 = 3e-6.
 MARGIN = 1e-5
 
-# whole model: our op and the weights' products are good to f32, but upstream's attention, which prefill and dense layers
-# use, rounds q to f16 and sums V in f16 when it decodes: a few eps16 relatively, (4 * eps16)^2 = 4e-6. K and V are
-# rounded to f16 in both models; an activation next to a rounding boundary may land on either side.
+# whole model: our op and the weights' products are good to f32, but upstream's attention, which prefill and dense
+# layers use, rounds q to f16 and sums V in f16 when it decodes: a few eps16 relatively, (4 * eps16)^2 = 4e-6. K and V
+# are rounded to f16 in both models; an activation next to a rounding boundary may land on either side.
 MODEL_NMSE = 1e-5
 MODEL_MARGIN = 2e-3  # eps16 times a few moves a score by so much at most
 
