@@ -4,6 +4,8 @@ A stale index gives fluent wrong answers, so each test ends with the same compar
 operation against those of a context that read the same tokens and nothing else.
 """
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -225,6 +227,26 @@ def test_state_of_a_sequence(fasa, text, unified):
     check(ctx, fasa(), other, tokens, seq=0)
     ctx.load(state, seq=0)  # over a sequence in use
     check(ctx, fasa(), prompt, tokens, seq=0)
+
+
+def test_state_in_files(fasa, text, tmp_path):
+    """The same through session and sequence files."""
+    prompt, tokens, api = text(430), text(STEPS), llama()
+    kept = (ctypes.c_int32 * len(prompt))(*prompt)
+    n_kept = ctypes.c_size_t()
+    source, path = fasa(), str(tmp_path / "state").encode()
+    source.decode(prompt)
+    for save, load in [
+        (lambda: api.llama_state_save_file(source.handle, path, kept, len(prompt)),
+         lambda ctx: api.llama_state_load_file(ctx.handle, path, kept, len(prompt), n_kept)),
+        (lambda: api.llama_state_seq_save_file(source.handle, path, 0, kept, len(prompt)),
+         lambda ctx: api.llama_state_seq_load_file(ctx.handle, path, 0, kept, len(prompt), n_kept)),
+    ]:  # fmt: skip
+        assert save()
+        ctx = fasa()
+        steps_after(ctx, text(500), text(2))
+        assert load(ctx) and n_kept.value == len(prompt)
+        check(ctx, fasa(), prompt, tokens)
 
 
 def test_state_of_a_dense_context(fasa, text):
