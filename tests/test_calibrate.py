@@ -1,5 +1,8 @@
 """Stage calibrate: what is observed, how FCs are chosen, and the command."""
 
+import signal
+import threading
+
 import gguf
 import numpy as np
 import pytest
@@ -109,10 +112,18 @@ def test_attention_has_softcap_and_sinks(rng):
     np.testing.assert_allclose(got, (e / e.sum(axis=1, keepdims=True))[:, :-1], rtol=1e-5)
 
 
-def test_the_first_fc_of_mass_is_the_best_one_by_the_oracle(rng):
-    head = group(rng.standard_normal((10, 6, 3, 2)), rng.standard_normal((10, 300, 2)), np.arange(140, 300, 30))
-    by_oracle = [captured(head, [fc], RULES) for fc in range(10)]
-    assert CHOOSE["mass"](head, 1, RULES, rng) == [int(np.argmax(by_oracle))]
+def test_mass_is_the_greedy_choice_by_the_oracle(rng):
+    """FCs 0 to 3 are nearly the same: whoever scores each FC on its own takes them all."""
+    q, k = rng.standard_normal((10, 6, 3, 2)), rng.standard_normal((10, 300, 2))
+    q[:4], k[:4] = 1.5 * q[0], k[0] + 0.05 * rng.standard_normal((4, 300, 2))
+    head = group(q, k, np.arange(140, 300, 30))
+    chosen = []
+    for _ in range(4):
+        rest = [fc for fc in range(10) if fc not in chosen]
+        chosen.append(max(rest, key=lambda fc: captured(head, [*chosen, fc], RULES)))
+    assert CHOOSE["mass"](head, 4, RULES, rng) == sorted(chosen)
+    alone = sorted(range(10), key=lambda fc: -captured(head, [fc], RULES))[:4]
+    assert sorted(chosen) != sorted(alone)
 
 
 def test_mass_captures_more_than_ca_and_random(rng):
@@ -210,6 +221,27 @@ def test_an_exception_while_observing_reaches_the_caller(tmp_path):
     with Model(load_llama_cpp(), path) as model, pytest.raises(KeyboardInterrupt):
         model.attentions(model.tokenize(TEXT)[:64], [60], visit, n_threads=1)
     assert seen == [0, 1]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_at_any_moment_ends_the_evaluation(tmp_path, rng):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=40))
+
+    def evaluate():
+        seen = []
+        timer = threading.Timer(rng.uniform(0, 0.1), signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+        with Model(load_llama_cpp(), path) as model:
+            tokens = model.tokenize(TEXT)[:64]
+            try:
+                timer.start()
+                model.attentions(tokens, [60], lambda attention: seen.append(attention.layer), n_threads=1)
+                timer.join()
+            except KeyboardInterrupt:
+                return True
+        assert seen == list(range(40))
+        return False
+
+    assert any([evaluate() for _ in range(20)])
 
 
 # --- the command ---

@@ -132,9 +132,12 @@ def read_gguf(path):
         size = os.path.getsize(path)
         if os.path.isdir(path):
             raise CalibrateError(f"'{path}' is a directory")
+        not_gguf = CalibrateError(f"'{path}' is not a GGUF file")
+        if size < 24:
+            raise not_gguf
         with open(path, "rb") as file:
-            if size < 24 or file.read(4) != MAGIC:
-                raise CalibrateError(f"'{path}' is not a GGUF file")
+            if file.read(4) != MAGIC:
+                raise not_gguf
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data, size)
     except OSError as err:

@@ -2,7 +2,10 @@
 
 import contextlib
 import ctypes
+import os
 import re
+import signal
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,15 +45,15 @@ class Model:
             if not verbose:
                 undo.enter_context(_silence(llama_cpp))
             undo.enter_context(_fasa_off(llama_cpp))
-            llama_cpp.llama_backend_init()
             params = llama_cpp.llama_model_default_params()
             params.n_gpu_layers = n_gpu_layers
             # also where Ctrl-C is noticed while a large model loads
             params.progress_callback = llama_cpp.llama_progress_callback(self._guard(lambda done, data: None))
-            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-            if self._model:
-                undo.callback(llama_cpp.llama_model_free, self._model)
-            self._raise_interrupt()
+            with self._native_call():
+                llama_cpp.llama_backend_init()
+                self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+                if self._model:
+                    undo.callback(llama_cpp.llama_model_free, self._model)
             if not self._model:
                 raise CalibrateError("llama.cpp cannot load this model (--verbose shows its reason)")
             self._undo = undo.pop_all()
@@ -73,7 +76,27 @@ class Model:
 
         return call
 
-    def _raise_interrupt(self):
+    @contextlib.contextmanager
+    def _native_call(self):
+        """Ends early, by way of the callbacks, on a signal or an exception in a callback, which is raised after it.
+
+        A signal handler that raised inside a callback could do so outside of _guard, where ctypes drops exceptions.
+        """
+        arrived = []
+
+        def note(number, frame):
+            arrived.append(number)
+            self._interrupt = self._interrupt or KeyboardInterrupt()
+
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        old = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+        for number in arrived:
+            os.kill(os.getpid(), number)  # to the handler it was meant for
         if self._interrupt is not None:
             raise self._interrupt
 
@@ -128,17 +151,18 @@ class Model:
         params.swa_full = False
         graph = _Graph(self._tensors, n_tokens, np.asarray(positions), self.rope, visit)
         params.cb_eval = lib.ggml_backend_sched_eval_callback(self._on_node(graph))
-        context = lib.llama_init_from_model(self._model, params)
-        if not context:
+        ids = (ctypes.c_int32 * n_tokens)(*tokens)
+        status = None
+        with self._native_call():
+            context = lib.llama_init_from_model(self._model, params)
+            if context:
+                graph.n_cells = lib.llama_n_ctx(context)
+                status = lib.llama_decode(context, lib.llama_batch_get_one(ids, n_tokens))
+                lib.llama_free(context)
+        if status is None:
             raise CalibrateError("llama.cpp cannot run this model with flash attention (--verbose shows its reason)")
-        with contextlib.ExitStack() as stack:
-            stack.callback(lib.llama_free, context)
-            graph.n_cells = lib.llama_n_ctx(context)
-            ids = (ctypes.c_int32 * n_tokens)(*tokens)
-            status = lib.llama_decode(context, lib.llama_batch_get_one(ids, n_tokens))
-            self._raise_interrupt()
-            if status != 0:
-                raise CalibrateError("llama.cpp failed to evaluate the calibration text")
+        if status != 0:
+            raise CalibrateError("llama.cpp failed to evaluate the calibration text")
 
     def _on_node(self, graph):
         def ask(address):
