@@ -49,7 +49,7 @@ def test_bad_environment(bin_dir, tool, option, value):
 
 
 def bench(bin_dir, model, *args, env=None):
-    """llama-bench of a few tokens at depth 600, and FASA's counters."""
+    """llama-bench of a few tokens at depth 300, and FASA's counters."""
     done = run(
         bin_dir / "llama-bench",
         "-m",

@@ -86,6 +86,11 @@ def test_documented_defaults_are_the_headers():
 
 def test_calibrate_options_and_docs_agree():
     section = (ROOT / "docs" / "cli.md").read_text().split("## fasa-calibrate")[1].split("\n## ")[0]
-    rows = "".join(line for line in section.splitlines() if line.startswith("| `"))
-    options = {o for action in build_parser()._actions for o in action.option_strings}
-    assert set(re.findall(r"`(-[\w-]+)", rows.replace("--criterion random", ""))) == options
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    actions = [action for action in build_parser()._actions if action.option_strings]
+    named = re.findall(r"`(-[\w-]+)", " ".join(row[0] for row in rows))
+    assert sorted(named) == sorted(option for action in actions for option in action.option_strings)
+    for option, default, _ in rows:
+        if re.fullmatch(r"\d+", default):
+            name = re.search(r"--([\w-]+)", option)[1].replace("-", "_")
+            assert [action.default for action in actions if action.dest == name] == [int(default)], name
