@@ -165,6 +165,23 @@ def test_tip_of_equal_cells_is_equal(rng, use_ref):
         assert (scores == scores[0]).all()
 
 
+@PATHS
+def test_tip_of_equal_cells_among_others_is_equal(rng, use_ref):
+    """The same, where neighbours differ from place to place by many orders of magnitude."""
+    n_kv, n_dim = 3000, 8
+    rows = shapes.f16(rng, n_kv, n_dim) * rng.uniform(0.1, 4, 6).repeat(500).astype(np.float16)[:, None]
+    cells = np.arange(7, n_kv, 97)
+    rows[cells] = rows[cells[0]] * np.float16(0.5)
+    index = oracle.index_cache(
+        np.concatenate([rows, np.zeros((shapes.pad(n_kv) - n_kv, n_dim), np.float16)])[None, :, None],
+        np.arange(n_kv), oracle.new_index(1, 1, shapes.pad(n_kv), n_dim), np.arange(n_dim)[None],
+    )  # fmt: skip
+    for n_group in (1, 3, 4):
+        q = shapes.f32(rng, n_group, n_dim)
+        scores = run_tip(q, index[0, 0], np.zeros(n_kv, np.float32), use_ref)[cells]
+        assert scores[0] > 0 and (scores == scores[0]).all()
+
+
 # select
 
 
