@@ -36,6 +36,6 @@ endef
 	@touch $@
 
 .venv/installed-tests: export FASA_BUILD_TESTS = 1
-.venv/installed-tests: $(SOURCES)
+.venv/installed-tests: $(SOURCES) tests/fasa-tests.inc
 	$(call install,[test])
 	@touch .venv/installed $@
