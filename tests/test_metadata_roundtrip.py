@@ -1,5 +1,6 @@
 """Stage metadata: what fasa-calibrate writes, and that it changes nothing else, whatever happens meanwhile."""
 
+import contextlib
 import hashlib
 import os
 import resource
@@ -78,6 +79,14 @@ def fasa_fields(path):
 
 def leftovers(folder):
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+def written_to(folder):
+    """Sizes of the temporary files; one with content is past its creation."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            with contextlib.suppress(FileNotFoundError):
+                yield path.stat().st_size
 
 
 # --- what is written ---
@@ -281,7 +290,7 @@ def test_killed_at_any_moment_the_file_is_whole(tmp_path, rng):
 def test_a_file_in_use_by_another_run_is_not_removed(model):
     process = rewriting(model, slow=True)
     try:
-        while not leftovers(model.parent):
+        while not any(written_to(model.parent)):
             assert process.poll() is None
         write._remove_stale(os.path.join(model.parent, "."))
         assert leftovers(model.parent)
@@ -297,7 +306,7 @@ def test_a_file_in_use_by_another_run_is_not_removed(model):
 def test_a_signal_leaves_no_debris(model, number):
     before = contents(model)
     process = rewriting(model, slow=True)
-    while not leftovers(model.parent):
+    while not any(written_to(model.parent)):
         assert process.poll() is None
     process.send_signal(number)
     process.communicate()

@@ -99,10 +99,8 @@ class _Reader:
             raise CalibrateError("the GGUF file is damaged: a key has an unknown type")
         item, count = self.unpack("<I"), self.unpack("<Q")
         if item in _SCALARS:
-            size = struct.calcsize(_SCALARS[item])
-            if count > (self.size - self.at) // size:
-                raise CalibrateError("the GGUF file is truncated or damaged")
-            return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", self.take(count * size)))
+            data = self.take(count * struct.calcsize(_SCALARS[item]))
+            return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", data))
         if count > (self.size - self.at) // 8:
             raise CalibrateError("the GGUF file is truncated or damaged")
         for _ in range(count):

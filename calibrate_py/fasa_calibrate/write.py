@@ -72,21 +72,24 @@ def _replacement(target, like):
     folder, name = os.path.split(target)
     prefix = f".{name}.fasa-"
     _remove_stale(os.path.join(folder, prefix))
-    handle, path = tempfile.mkstemp(".tmp", prefix, folder)
-    with contextlib.ExitStack() as undo, os.fdopen(handle, "wb") as out:
-        undo.callback(_unlink, path)
-        if fcntl is not None:
-            fcntl.flock(out, fcntl.LOCK_EX)  # tells other runs that this file is in use
-        old = os.stat(target if os.path.exists(target) else like)
-        os.chmod(path, old.st_mode & 0o7777)
-        if hasattr(os, "chown"):
-            with contextlib.suppress(OSError):
-                os.chown(path, old.st_uid if os.path.exists(target) else -1, old.st_gid)
-        yield out
-        out.flush()
-        os.fsync(out.fileno())
-        os.replace(path, target)
-        undo.pop_all()
+    out, path = _create(folder, prefix)
+    try:
+        with out:
+            old = os.stat(target if os.path.exists(target) else like)
+            os.chmod(path, old.st_mode & 0o7777)
+            if hasattr(os, "chown"):
+                with contextlib.suppress(OSError):
+                    os.chown(path, old.st_uid if os.path.exists(target) else -1, old.st_gid)
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+            if fcntl is None:
+                out.close()  # Windows cannot rename an open file; elsewhere the lock is held to the end
+            os.replace(path, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
     if fcntl is not None:
         directory = os.open(folder, os.O_RDONLY)
         try:
@@ -95,9 +98,18 @@ def _replacement(target, like):
             os.close(directory)
 
 
-def _unlink(path):
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+def _create(folder, prefix):
+    """A new temporary file, open and locked, which tells other runs that it is in use; and its path."""
+    while True:
+        handle, path = tempfile.mkstemp(".tmp", prefix, folder)
+        out = os.fdopen(handle, "wb")
+        if fcntl is None:
+            return out, path
+        fcntl.flock(out, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                return out, path
+        out.close()  # another run took it for a stale one before it was locked
 
 
 def _remove_stale(prefix):
