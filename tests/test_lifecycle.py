@@ -14,19 +14,21 @@ from support.runtime import OFF, ON, Model, fasa_params, llama
 from support.tiny_gguf import N_VOCAB, Shape, write_tiny_gguf
 
 BUDGET, N_SINK, N_RECENT = 64, 4, 12
-N_TIP = [4, 6, 0]
+N_TIP = {"llama": [4, 6, 0], "qwen2": [5, 0, 4], "gemma3": [0, 0, 0, 0, 0, 6]}  # gemma3: the others have a window
+ROPE_TYPE = {"llama": "norm", "qwen2": "neox", "gemma3": "neox"}
 N_CTX = 1024
 STEPS = 9  # sparse decode steps compared
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
 def model(request, tmp_path_factory):
     """A tiny calibrated model; its attention is sharp, so that a wrong selection shows."""
-    shape, folder = Shape(n_layer=3), tmp_path_factory.mktemp("model")
-    plain = write_tiny_gguf(folder / "plain.gguf", request.param, shape, sharpness=3.0)
-    fcs = gguf_keys.random_fcs(np.random.default_rng(3), shape.n_head_kv, shape.head_size, N_TIP)
-    rope_type = {"llama": "norm", "qwen2": "neox"}[request.param]
-    keys = gguf_keys.fasa_keys(3, shape.n_head_kv, shape.head_size, N_TIP, fcs, rope_type)
+    arch, folder = request.param, tmp_path_factory.mktemp("model")
+    n_tip = N_TIP[arch]
+    shape = Shape(n_layer=len(n_tip))
+    plain = write_tiny_gguf(folder / "plain.gguf", arch, shape, sharpness=3.0)
+    fcs = gguf_keys.random_fcs(np.random.default_rng(3), shape.n_head_kv, shape.head_size, n_tip)
+    keys = gguf_keys.fasa_keys(len(n_tip), shape.n_head_kv, shape.head_size, n_tip, fcs, ROPE_TYPE[arch])
     with Model(gguf_keys.with_keys(plain, folder / "model.gguf", keys)) as loaded:
         yield loaded
 
@@ -90,6 +92,14 @@ def test_the_comparison_can_fail(fasa, text):
     assert difference([dense.decode([t]) for t in tokens], expected) > 100 * tolerances.LIFECYCLE_NMSE
     assert difference(steps_after(fasa(), text(200) + prompt[200:], tokens), expected) > 100 * tolerances.LIFECYCLE_NMSE
     assert np.array_equal(steps_after(fasa(), prompt, tokens), expected)
+
+
+def test_flash_attention_decided_by_llama_cpp(fasa, text):
+    """With flash attention on auto, which probes the graph first, FASA runs as with it on."""
+    prompt, tokens = text(500), text(STEPS)
+    expected = steps_after(fasa(), prompt, tokens)
+    auto = fasa(flash_attn_type=llama().LLAMA_FLASH_ATTN_TYPE_AUTO)
+    assert np.array_equal(steps_after(auto, prompt, tokens), expected)
 
 
 def test_append(fasa, text):
@@ -295,3 +305,19 @@ def test_context_shift_of_one_sequence(fasa, text, unified):
     rm(ctx, 0, 0, 100)
     llama().llama_memory_seq_add(ctx.memory, 0, 100, -1, -100)
     check(ctx, fasa(), prompt, tokens, seq=1)
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_many_sequences_in_a_batch(fasa, text, unified):
+    """max_batch counts the rows of a sequence: a batch of one row for each of ten decodes sparse."""
+    n_seq, prompt, tokens = 10, text(400), text(STEPS)
+    ctx = fasa(n_ctx=512 * n_seq, n_seq=n_seq, unified=unified)
+    for seq in range(n_seq):
+        ctx.decode(prompt, seq=seq)
+    expected = steps_after(fasa(), prompt, tokens)
+    before = ctx.stats().n_row_sparse
+    batches = [[(token, 400 + i, [seq]) for seq in range(n_seq)] for i, token in enumerate(tokens)]
+    actual = np.stack([ctx.decode_rows(rows) for rows in batches])
+    assert ctx.stats().n_row_sparse == before + n_seq * STEPS
+    for seq in range(n_seq):
+        assert difference(actual[:, seq], expected) <= tolerances.LIFECYCLE_NMSE, f"sequence {seq}"

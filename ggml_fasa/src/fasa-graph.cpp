@@ -21,8 +21,8 @@ ggml_tensor * llama_fasa_build_attn(
     const int64_t n_stream = k->ne[3];
     const int64_t n_rows   = q->ne[2]/n_stream;
 
-    // only facts that a reused graph shares may decide here: rows, n_kv and fixed settings of the context
-    if (!fasa->config.is_sparse(n_rows, k->ne[2]) || kq_b || v_mla || !kq_mask || cparams.auto_fa) {
+    // only facts that a reused graph shares may decide here: rows, sequences, n_kv and fixed settings of the context
+    if (!fasa->config.is_sparse(graph.ubatch, k->ne[2]) || kq_b || v_mla || !kq_mask || cparams.auto_fa) {
         return nullptr;
     }
 

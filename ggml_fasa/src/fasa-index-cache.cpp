@@ -13,8 +13,12 @@
 #include <map>
 #include <stdexcept>
 
-bool llama_fasa_config::is_sparse(int64_t n_rows, int64_t n_kv) const {
-    return n_rows <= max_batch && n_kv > GGML_PAD(budget, 256);
+bool llama_fasa_config::is_decode(const llama_ubatch & ubatch) const {
+    return ubatch.n_tokens <= (int64_t) max_batch*ubatch.n_seqs_unq;
+}
+
+bool llama_fasa_config::is_sparse(const llama_ubatch & ubatch, int64_t n_kv) const {
+    return is_decode(ubatch) && n_kv > GGML_PAD(budget, 256);
 }
 
 llama_fasa_index_cache::llama_fasa_index_cache(
@@ -149,14 +153,13 @@ static void mark_forced_rows(
 }
 
 void llama_fasa_index_cache::mark_forced(ggml_tensor * mask, const llama_ubatch & ubatch) {
-    const int64_t n_kv   = mask->ne[0];
-    const int64_t n_rows = mask->ne[1];
+    const int64_t n_kv = mask->ne[0];
 
-    if (n_rows > config.max_batch) {
+    if (!config.is_decode(ubatch)) {
         stats.n_step_prefill++;
         return;
     }
-    if (!config.is_sparse(n_rows, n_kv)) {
+    if (!config.is_sparse(ubatch, n_kv)) {
         stats.n_step_dense++;
         return;
     }

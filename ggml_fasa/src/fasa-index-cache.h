@@ -29,9 +29,12 @@ struct llama_fasa_config {
     int32_t n_recent;
     int32_t max_batch;
 
-    // Whether a step of n_rows query rows per sequence that sees n_kv cells is sparse. n_kv comes padded to 256, so the
-    // budget is padded alike: a cache that fits the budget is always decoded dense.
-    bool is_sparse(int64_t n_rows, int64_t n_kv) const;
+    // Whether a step has few enough rows for decoding: max_batch for each of its sequences, on average.
+    bool is_decode(const llama_ubatch & ubatch) const;
+
+    // Whether a step that sees n_kv cells is sparse. n_kv comes padded to 256, so the budget is padded alike: a cache
+    // that fits the budget is always decoded dense.
+    bool is_sparse(const llama_ubatch & ubatch, int64_t n_kv) const;
 };
 
 struct llama_fasa_index_cache {
