@@ -93,7 +93,7 @@ class Reader:
         return steps
 
 
-def prompts(llm):
+def tokenize_prompts(llm):
     """Token lists, one per question, in the model's chat template; and the length of their common start."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     render = environment.from_string(llm.metadata["tokenizer.chat_template"]).render
@@ -107,9 +107,35 @@ def prompts(llm):
     return lists, len(os.path.commonprefix(lists))
 
 
+def text(llm, said):
+    return llm.detokenize([t for t in said if t != llm.token_eos()]).decode(errors="replace").strip()
+
+
+def speed(runs):
+    """Tokens/s over all decode steps of the answers."""
+    return sum(len(steps) for _, steps, _ in runs) / sum(seconds for _, _, seconds in runs)
+
+
+def compare(llm, state, n_common, prompts, dense, max_tokens):
+    """Answers of a FASA context from the same prompt state; and, made to say what dense said, KL and top-1 per step."""
+    llm.load_state(state)
+    sparse = Reader(llm)
+    answers, kl, top1 = [], [], []
+    for prompt, (said, steps, _) in zip(prompts, dense):
+        sparse.rewind(n_common)
+        answers.append(sparse.answer(prompt[n_common:], max_tokens))
+        sparse.rewind(n_common)
+        for p, q in zip(steps, sparse.follow(prompt[n_common:], said)):
+            kl.append(np.sum(np.exp(p) * (p - q)))
+            top1.append(p.argmax() == q.argmax())
+    if llm.fasa_stats().n_step_sparse == 0:
+        raise SystemExit("error: FASA made no sparse step, this would compare dense with dense")
+    return answers, kl, top1
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--budget", type=int, nargs="+", default=[256, 512], help="default: 256 and 512")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-tokens", type=int, default=48, help="longest answer (default: 48)")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo-out", help="folder (default: demo-out)")
@@ -118,77 +144,52 @@ def main():
     source = smollm2()
     args.out.mkdir(exist_ok=True)
     model = args.out / "smollm2-135m-fasa.gguf"
-    print(f"[1/3] calibrate {source.name} -> {model.relative_to(args.out.parent)}", flush=True)
+    print(f"[1/3] calibrate a copy of {source.name}: {model}", flush=True)
     if subprocess.run([find_tool("fasa-calibrate"), source, "-o", model, "--force"]).returncode != 0:
         raise SystemExit("error: calibration failed")
 
     from fasa import Llama
 
-    def load(**fasa):
-        return Llama(
-            str(model),
-            n_ctx=8192,
-            n_threads=args.threads,
-            n_threads_batch=args.threads,
-            flash_attn=True,
-            verbose=False,
-            **fasa,
-        )
+    options = {"n_ctx": 8192, "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True}
 
-    print("[2/3] dense: ", end="", flush=True)
-    llm = load(fasa=False)
-    dense = Reader(llm)
-    tokens, n_common = prompts(llm)
+    print("[2/3] dense: reading the document ...", end="", flush=True)
+    llm = Llama(str(model), fasa=False, verbose=False, **options)
+    reader = Reader(llm)
+    prompts, n_common = tokenize_prompts(llm)
     start = time.perf_counter()
-    llm.eval(tokens[0][:n_common])
-    print(f"read {n_common} tokens in {time.perf_counter() - start:.0f} s, answering", flush=True)
+    llm.eval(prompts[0][:n_common])
+    print(f" {n_common} tokens in {time.perf_counter() - start:.0f} s, answering", flush=True)
     state = llm.save_state()
-    dense_answers = []
-    for prompt in tokens:
-        dense.rewind(n_common)
-        dense_answers.append(dense.answer(prompt[n_common:], args.max_tokens))
+    dense = []
+    for prompt in prompts:
+        reader.rewind(n_common)
+        dense.append(reader.answer(prompt[n_common:], args.max_tokens))
+    texts = {"dense": [text(llm, said) for said, _, _ in dense]}
     llm.close()
 
-    print(f"[3/3] FASA, budget {args.budget}: same prompt state, answering", flush=True)
-    llm = load(fasa=True, fasa_budget=args.budget)
-    llm.load_state(state)
-    sparse = Reader(llm)
-    answers, kl, top1 = [], [], []
-    for prompt, (said, steps, _) in zip(tokens, dense_answers):
-        sparse.rewind(n_common)
-        answers.append(sparse.answer(prompt[n_common:], args.max_tokens))
-        sparse.rewind(n_common)
-        for p, q in zip(steps, sparse.follow(prompt[n_common:], said)):
-            kl.append(np.sum(np.exp(p) * (p - q)))
-            top1.append(p.argmax() == q.argmax())
+    n_kv = len(prompts[0])
+    rows = [("dense", speed(dense), kv_bytes(model, n_kv), "", "", "")]
+    for budget in args.budget:
+        print(f"[3/3] FASA, budget {budget}: same prompt state, answering", flush=True)
+        llm = Llama(str(model), fasa=True, fasa_budget=budget, verbose=False, **options)
+        answers, kl, top1 = compare(llm, state, n_common, prompts, dense, args.max_tokens)
+        texts[f"FASA {budget}"] = [text(llm, said) for said, _, _ in answers]
+        llm.close()
+        agreement = f"{100 * np.mean(top1):.1f}", f"{np.mean(kl):.4f}"
+        n_same = sum(a == b for a, b in zip(texts["dense"], texts[f"FASA {budget}"]))
+        rows.append((f"FASA {budget}", speed(answers), kv_bytes(model, n_kv, budget), *agreement, n_same))
 
-    def speed(runs):
-        return sum(len(steps) for _, steps, _ in runs) / sum(seconds for _, _, seconds in runs)
-
-    def text(said):
-        return llm.detokenize([t for t in said if t != llm.token_eos()]).decode(errors="replace").strip()
-
-    print()
-    for question, (a, _, _), (b, _, _) in zip(QUESTIONS, dense_answers, answers):
-        print(f"Q      {question}\ndense  {text(a)}\nFASA   {'(the same)' if a == b else text(b)}\n")
-    n_same = sum(a == b for (a, _, _), (b, _, _) in zip(dense_answers, answers))
-    fast = speed(answers), speed(dense_answers)
-    n_kv = len(tokens[0])
-    mb = kv_bytes(model, n_kv) / 1e6, kv_bytes(model, n_kv, args.budget) / 1e6
-    stats = llm.fasa_stats()
-    print(f"at depth {n_kv:<14}{'dense':>10}{'FASA':>10}")
-    print(f"{'decode tokens/s':<23}{fast[1]:>10.1f}{fast[0]:>10.1f}   {fast[0] / fast[1]:.1f} times")
-    print(f"{'KV MB read per step':<23}{mb[0]:>10.1f}{mb[1]:>10.1f}   {mb[0] / mb[1]:.1f} times less")
-    print(f"{'equal answers':<23}{n_same:>10} of {len(tokens)}")
-    print(f"{'same likeliest token':<23}{100 * np.mean(top1):>10.1f} %    over {len(top1)} steps, FASA following dense")
-    print(f"{'mean KL from dense':<23}{np.mean(kl):>10.4f}")
-    print(
-        f"{'steps of FASA context':<23}{stats.n_step_sparse:>10} sparse, {stats.n_step_dense} dense, "
-        f"{stats.n_step_prefill} prefill"
-    )
-    if stats.n_step_sparse == 0:
-        raise SystemExit("error: FASA made no sparse step, the figures above compare dense with dense")
-    llm.close()
+    for i, question in enumerate(QUESTIONS):
+        print(f"\n{question}")
+        for name, said in texts.items():
+            same = name != "dense" and said[i] == texts["dense"][i]
+            print(f"  {name:<10}{'(the same)' if same else said[i]}")
+    n_step = sum(len(steps) for _, steps, _ in dense)
+    print(f"\nDecode at depth {n_kv}; agreement with dense over the {n_step} steps of its answers:")
+    heads = ["tokens/s", "KV MB/step", "same top-1 %", "mean KL", f"same of {len(QUESTIONS)}"]
+    print(f"{'':<10}" + "".join(f"{head:>14}" for head in heads))
+    for name, fast, read, top1, kl, n_same in rows:
+        print(f"{name:<10}{fast:>14.1f}{read / 1e6:>14.1f}{top1:>14}{kl:>14}{n_same:>14}")
 
 
 if __name__ == "__main__":
