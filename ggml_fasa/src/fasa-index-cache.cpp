@@ -46,7 +46,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
     for (const auto & cache : kv.layers) {
         kv_bytes += ggml_nbytes(cache.k) + (cache.v ? ggml_nbytes(cache.v) : 0);
 
-        const llama_fasa_layer & meta = metadata.layers.at(cache.il);
+        const llama_fasa_layer meta = cache.il < metadata.layers.size() ? metadata.layers[cache.il] : llama_fasa_layer {};
         if (meta.n_tip == 0) {
             n_layer_dense++;
             continue;

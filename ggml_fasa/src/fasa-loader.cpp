@@ -127,7 +127,7 @@ void load(const reader & in, const llama_hparams & hparams, llama_fasa_metadata 
                     file_rope.c_str(), rope_name(md.rope)));
     }
 
-    const size_t n_layer = hparams.n_layer_all;
+    const size_t n_layer = hparams.n_layer(); // without layers that only draft tokens
 
     const std::vector<int32_t> n_head_kv = in.i32_array("fasa.n_head_kv", n_layer);
     const std::vector<int32_t> n_rot     = in.i32_array("fasa.n_rot",     n_layer);
