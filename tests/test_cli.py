@@ -26,7 +26,10 @@ TOOLS = ["llama-cli", "llama-server", "llama-perplexity", "llama-bench"]
 
 def run(program, *args, env=None):
     command = [str(program), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False, timeout=300
+    )
 
 
 @pytest.mark.parametrize("option,value", BAD)
@@ -93,10 +96,22 @@ def test_command_line_wins_over_environment(bin_dir, calibrated):
     assert stats["budget"] == 200
 
 
-def test_uncalibrated_model(bin_dir, smollm2):
-    done = run(bin_dir / "llama-bench", "-m", smollm2, "-p", 0, "-n", 1, "-r", 1, "--fasa", "on")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_uncalibrated_model(bin_dir, smollm2, tmp_path, tool):
+    text = tmp_path / "text.txt"
+    text.write_text("One, two, three. " * 100)
+    options = {
+        "llama-cli": ["-c", 512, "-p", "hello", "-n", 1, "-st"],
+        "llama-server": ["-c", 512, "--port", 0],
+        "llama-perplexity": ["-c", 64, "-f", text],
+        "llama-bench": ["-p", 0, "-n", 1, "-r", 1],
+    }[tool]
+    done = run(bin_dir / tool, "-m", smollm2, *options, "--fasa", "on")
     assert done.returncode > 0
-    assert "the model is not calibrated, run fasa-calibrate" in done.stderr
+    assert "the model is not calibrated, run fasa-calibrate" in done.stdout + done.stderr
+
+
+def test_uncalibrated_model_is_dense_by_default(bin_dir, smollm2):
     assert bench(bin_dir, smollm2, "--fasa-budget", 64) == {}
 
 
