@@ -186,7 +186,7 @@ def test_forced_tokens_must_fit_the_budget(plain, tmp_path, in_file, params):
     [
         (dict(type_k=8), "KV cache type q8_0 is not supported yet"),
         (dict(type_v=8), "KV cache type q8_0 is not supported yet"),
-        (dict(flash_attn_type=0), "FASA needs flash attention"),
+        (dict(flash_attn_type=0), "flash attention is off"),
     ],
 )
 def test_contexts_that_cannot(plain, tmp_path, more, sentence):

@@ -12,6 +12,17 @@ static const ggml_fp16_t * row(const void * base, size_t stride, int64_t cell) {
     return (const ggml_fp16_t *) ((const char *) base + cell*stride);
 }
 
+static void prefetch_row(const ggml_fp16_t * row, int64_t d) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < d; i += 64/(int64_t) sizeof(ggml_fp16_t)) {
+        __builtin_prefetch(row + i);
+    }
+#else
+    GGML_UNUSED(row);
+    GGML_UNUSED(d);
+#endif
+}
+
 static float apply_softcap(float s, float softcap) {
     return softcap != 0.0f ? softcap*tanhf(s/softcap) : s;
 }
@@ -111,7 +122,7 @@ void fac_chunk(
         const float * q, int64_t n_group, int64_t q_stride, const void * k, size_t k_stride, const void * v, size_t v_stride,
         int64_t d_k, int64_t d_v, const int32_t * cells, int64_t n_cells, float scale, float softcap,
         int64_t chunk, float * logits, float * part) {
-    constexpr int64_t AHEAD = 4; // rows are scattered: ask for the next few before they are needed
+    constexpr int64_t AHEAD = 8; // rows are scattered: ask for the next few before they are needed
 
     const int64_t n = std::min(FAC_CHUNK, n_cells - chunk*FAC_CHUNK);
     cells += chunk*FAC_CHUNK;
@@ -119,10 +130,8 @@ void fac_chunk(
 
     for (int64_t c = 0; c < n; ++c) {
         if (c + AHEAD < n) {
-            const char * next = (const char *) row(k, k_stride, cells[c + AHEAD]);
-            for (int64_t b = 0; b < d_k*(int64_t) sizeof(ggml_fp16_t); b += 64) {
-                __builtin_prefetch(next + b);
-            }
+            prefetch_row(row(k, k_stride, cells[c + AHEAD]), d_k);
+            prefetch_row(row(v, v_stride, cells[c + AHEAD]), d_v);
         }
         const ggml_fp16_t * kc = row(k, k_stride, cells[c]);
         for_head_blocks(n_group, [&](auto nh, int64_t h) {

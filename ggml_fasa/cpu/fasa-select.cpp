@@ -48,16 +48,43 @@ static void for_each_ge(const float * scores, int64_t n, float bound, F && fn) {
     }
 }
 
+// A lower bound of the budget-th largest score, from the largest score of every vector: where enough of those reach a
+// value, enough scores do. Only its first digit is found. It lets the passes below skip nearly everything.
+static float select_bound(const float * scores, int64_t n_kv, int64_t budget) {
+    const int64_t n_vec = n_kv/W;
+    if (W == 1 || n_vec < budget) {
+        return 0.0f;
+    }
+
+    uint32_t count[1 << 11] = { 0 };
+    for (int64_t i = 0; i < n_vec; ++i) {
+        const float top = hmax(load(scores + i*W));
+        if (top >= 0.0f) {
+            count[key_of(top) >> DIGITS[0].shift]++;
+        }
+    }
+    int64_t need = budget;
+    for (int digit_value = (1 << 11) - 1; digit_value >= 0; --digit_value) {
+        need -= count[digit_value];
+        if (need <= 0) {
+            return score_of((uint32_t) digit_value << DIGITS[0].shift);
+        }
+    }
+    return 0.0f;
+}
+
 // Finds the smallest selected score and how many cells with exactly that score fit. False: all visible cells fit.
 static bool select_threshold(const float * scores, int64_t n_kv, int64_t budget, float * threshold, int64_t * n_equal) {
     uint32_t prefix = 0;      // digits of the threshold found so far
     int64_t  need   = budget; // cells still to place at or below the prefix
 
+    const float bound = select_bound(scores, n_kv, budget);
+
     for (const digit & d : DIGITS) {
         uint32_t count[1 << 11] = { 0 };
         const uint32_t above = (uint32_t) ((1ull << (d.shift + d.bits)) - 1); // digits after the prefix
 
-        for_each_ge(scores, n_kv, score_of(prefix), [&](int64_t, float score) {
+        for_each_ge(scores, n_kv, std::max(bound, score_of(prefix)), [&](int64_t, float score) {
             const uint32_t key = key_of(score);
             if ((key & ~above) == prefix) {
                 count[(key >> d.shift) & ((1u << d.bits) - 1)]++;

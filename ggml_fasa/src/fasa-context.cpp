@@ -180,7 +180,7 @@ struct llama_fasa_support {
             return "attention is not causal";
         }
         if (kv->v_trans) {
-            return "FASA needs flash attention (-fa on)";
+            return "flash attention is off (switch it on with -fa on)";
         }
         if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
             return "split mode tensor is not supported, use split mode layer";
@@ -244,7 +244,8 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     llama_fasa_index_cache * fasa = llama_fasa_support::attach(*kv, *md, resolve(params, *md));
 
     const llama_fasa_info info = fasa->info();
-    LLAMA_LOG_INFO("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
+    // a warning: see llama_fasa_log_stats
+    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
             "index %.2f MiB beside %.2f MiB of K and V\n", info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max,
             info.budget, info.n_sink, info.n_recent, info.max_batch, info.index_bytes/1024.0/1024.0, info.kv_bytes/1024.0/1024.0);
     return fasa;

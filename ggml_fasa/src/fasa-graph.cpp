@@ -85,7 +85,11 @@ llama_fasa_restore_guard::~llama_fasa_restore_guard() {
 
 void llama_fasa_log_stats(const llama_fasa_index_cache & fasa) {
     const llama_fasa_stats & s = fasa.stats;
-    LLAMA_LOG_INFO("fasa: %llu decode steps sparse (%llu rows), %llu dense within the budget, %llu prefill steps dense, "
+    if (s.n_step_sparse + s.n_step_dense + s.n_step_prefill == 0) {
+        return; // a context that only measured memory
+    }
+    // a warning, because the tools hide libllama's information by default and nobody should decode sparse unawares
+    LLAMA_LOG_WARN("fasa: %llu decode steps sparse (%llu rows), %llu dense within the budget, %llu prefill steps dense, "
             "index rebuilt %llu times\n", (unsigned long long) s.n_step_sparse, (unsigned long long) s.n_row_sparse,
             (unsigned long long) s.n_step_dense, (unsigned long long) s.n_step_prefill, (unsigned long long) s.n_index_rebuild);
 }
