@@ -191,6 +191,13 @@ def test_uncalibrated_model_is_dense_by_default(smollm2: Path) -> None:
     assert auto.fasa_stats().n_step_sparse == 0
 
 
+def test_calibrated_model_without_budget_is_as_stock(calibrated: Path) -> None:
+    auto, off = load(calibrated), load(calibrated, fasa=False)
+    assert not auto.fasa_info().active
+    assert auto.context_params.flash_attn_type == off.context_params.flash_attn_type
+    assert greedy(auto) == greedy(off)
+
+
 def test_invalid_metadata(calibrated: Path, tmp_path: Path) -> None:
     from gguf import GGUFReader
 

@@ -30,8 +30,8 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_sink: first tokens that are always kept.
         fasa_recent: last tokens that are always kept, the query's own included.
         fasa_max_batch: most query rows of a sequence that decode sparse; larger batches are dense.
-        **kwargs: of `llama_cpp.Llama`. flash_attn, which FASA needs, is switched on if the model is calibrated and
-            it is not given.
+        **kwargs: of `llama_cpp.Llama`. flash_attn, which FASA needs, is switched on if FASA is going to run and it is
+            not given.
 
     Settings left at None come from the model's metadata, else from the library's defaults.
 
@@ -97,7 +97,8 @@ class Llama(_StockLlama):  # type: ignore[misc]
             raise FasaUncalibratedError(
                 f"{self.model_path} carries no FASA calibration; run: fasa-calibrate {self.model_path}"
             )
-        if calibrated and self._fasa_flash_attn is None:
+        wanted = self._fasa.mode is True or self._fasa.budget or "fasa.budget" in model.metadata()
+        if calibrated and wanted and self._fasa_flash_attn is None:
             self.context_params.flash_attn_type = _stock.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
 
     def _fasa_context(self) -> Any:

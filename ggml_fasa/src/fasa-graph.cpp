@@ -14,7 +14,7 @@ ggml_tensor * llama_fasa_build_attn(
 
     const llama_fasa_index_cache * fasa = cparams.fasa;
     const auto * layer = fasa ? fasa->find(k->view_src) : nullptr;
-    if (!layer) {
+    if (!layer || layer->il != il) { // a layer that attends to another one's K has no FCs of its own
         return nullptr;
     }
 
