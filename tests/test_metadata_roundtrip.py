@@ -266,7 +266,11 @@ with write.termination_as_exception():
 def rewriting(model, slow=False):
     """A process that rewrites the model again and again, with and without a key."""
     command = [sys.executable, "-c", REWRITE.format(slow=slow), str(model)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+
+    def heed_interrupts():  # a background job of a shell ignores them, and so would what it starts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=heed_interrupts)
     assert process.stdout.readline() == b"1\n"
     return process
 
@@ -309,7 +313,7 @@ def test_a_signal_leaves_no_debris(model, number):
     while not any(written_to(model.parent)):
         assert process.poll() is None
     process.send_signal(number)
-    process.communicate()
+    process.communicate(timeout=60)
     assert process.returncode != 0
     assert leftovers(model.parent) == [] and contents(model) == before
 
