@@ -17,6 +17,8 @@ enum llama_fasa_mode {
 #define LLAMA_FASA_N_RECENT_DEFAULT 32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT 8
 
+#define LLAMA_FASA_COUNT_MAX 16777216
+
 struct llama_fasa_params {
     int32_t mode;
     int32_t budget;

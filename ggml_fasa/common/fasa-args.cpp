@@ -9,9 +9,6 @@
 #include <cstdlib>
 #include <stdexcept>
 
-// Counts beyond this are typing errors: docs/metadata.md has the same bound.
-static constexpr int32_t FASA_ARG_MAX = 1 << 24;
-
 static const char * mode_name(int32_t mode) {
     switch (mode) {
         case LLAMA_FASA_MODE_OFF: return "off";
@@ -45,9 +42,9 @@ static void set_count(common_params &, const std::string & value) {
     int32_t n = 0;
     const char * end = value.data() + value.size();
     const auto res = std::from_chars(value.data(), end, n);
-    if (res.ec != std::errc() || res.ptr != end || n < min || n > FASA_ARG_MAX) {
+    if (res.ec != std::errc() || res.ptr != end || n < min || n > LLAMA_FASA_COUNT_MAX) {
         throw std::invalid_argument("expected a whole number from " + std::to_string(min) + " to " +
-                                    std::to_string(FASA_ARG_MAX) + ", got '" + value + "'");
+                                    std::to_string(LLAMA_FASA_COUNT_MAX) + ", got '" + value + "'");
     }
     llama_fasa_params fasa = llama_fasa_get_params();
     fasa.*field = n;

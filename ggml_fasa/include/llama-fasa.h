@@ -24,6 +24,8 @@ enum llama_fasa_mode {
 #define LLAMA_FASA_N_RECENT_DEFAULT   32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT   8
 
+#define LLAMA_FASA_COUNT_MAX    16777216 // most tokens in any setting, 2^24
+
 struct llama_fasa_params {
     int32_t mode;      // enum llama_fasa_mode
     int32_t budget;    // tokens kept per query and KV group, forced ones included; 0 = not set

@@ -18,8 +18,6 @@
 #include <mutex>
 #include <stdexcept>
 
-static constexpr int32_t FASA_COUNT_MAX = 1 << 24; // of tokens, in any setting
-
 static std::mutex        fasa_mutex;
 static llama_fasa_params fasa_params = llama_fasa_default_params();
 
@@ -38,10 +36,10 @@ int32_t llama_fasa_set_params(const llama_fasa_params * params) {
         }
     };
     check("mode",      params->mode,      LLAMA_FASA_MODE_OFF, LLAMA_FASA_MODE_ON);
-    check("budget",    params->budget,     0, FASA_COUNT_MAX);
-    check("n_sink",    params->n_sink,    -1, FASA_COUNT_MAX);
-    check("n_recent",  params->n_recent,  -1, FASA_COUNT_MAX);
-    check("max_batch", params->max_batch,  0, FASA_COUNT_MAX);
+    check("budget",    params->budget,     0, LLAMA_FASA_COUNT_MAX);
+    check("n_sink",    params->n_sink,    -1, LLAMA_FASA_COUNT_MAX);
+    check("n_recent",  params->n_recent,  -1, LLAMA_FASA_COUNT_MAX);
+    check("max_batch", params->max_batch,  0, LLAMA_FASA_COUNT_MAX);
     if (!fasa_error.empty()) {
         return -1;
     }

@@ -11,7 +11,6 @@
 namespace {
 
 constexpr uint32_t FASA_METADATA_VERSION = 1;
-constexpr uint32_t FASA_BUDGET_MAX       = 1u << 24;
 
 // A rule of docs/metadata.md that the file breaks.
 struct bad_metadata : std::runtime_error {
@@ -154,16 +153,16 @@ void load(const reader & in, const llama_hparams & hparams, llama_fasa_metadata 
 
     if (in.has("fasa.budget")) {
         const uint32_t budget = in.u32("fasa.budget");
-        if (budget < 1 || budget > FASA_BUDGET_MAX) {
-            throw bad_metadata(format("fasa.budget is %u, outside [1, %u]", budget, FASA_BUDGET_MAX));
+        if (budget < 1 || budget > LLAMA_FASA_COUNT_MAX) {
+            throw bad_metadata(format("fasa.budget is %u, outside [1, %d]", budget, LLAMA_FASA_COUNT_MAX));
         }
         md.budget = (int32_t) budget;
     }
     for (const auto & [key, value] : { std::pair<const char *, int32_t *>{ "fasa.n_sink", &md.n_sink }, { "fasa.n_recent", &md.n_recent } }) {
         if (in.has(key)) {
             const uint32_t n = in.u32(key);
-            if (n > FASA_BUDGET_MAX) {
-                throw bad_metadata(format("%s is %u, outside [0, %u]", key, n, FASA_BUDGET_MAX));
+            if (n > LLAMA_FASA_COUNT_MAX) {
+                throw bad_metadata(format("%s is %u, outside [0, %d]", key, n, LLAMA_FASA_COUNT_MAX));
             }
             *value = (int32_t) n;
         }
