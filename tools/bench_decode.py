@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 
-from machine import find_tool, row
+from machine import emit, find_tool, row
 
 
 def parse_samples(stdout):
@@ -125,12 +125,7 @@ def main():
             # Whoever runs second finds warm caches: take turns.
             for fasa in (False, True) if i % 2 == 0 else (True, False):
                 rows.append(run(bench, args, depth, fasa))
-                line = json.dumps(rows[-1])
-                if args.out:
-                    with open(args.out, "a") as file:
-                        file.write(line + "\n")
-                else:
-                    print(line, flush=True)
+                emit(rows[-1], args.out)
                 print(
                     f"depth {depth} round {i + 1}/{args.rounds} {'FASA' if fasa else 'off'}: "
                     f"{statistics.median(rows[-1]['tokens_per_s']):.2f} tok/s",

@@ -6,7 +6,6 @@ choice of FCs, the control that must come out clearly worse. Logits take n_vocab
 """
 
 import argparse
-import json
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-from machine import find_tool, row
+from machine import emit, find_tool, row
 
 UBATCH = 512
 
@@ -138,12 +137,7 @@ def main():
                         **parse_figures(output),
                     )
                 )
-                line = json.dumps(rows[-1])
-                if args.out:
-                    with open(args.out, "a") as file:
-                        file.write(line + "\n")
-                else:
-                    print(line, flush=True)
+                emit(rows[-1], args.out)
                 print(f"{variant} budget {budget}: KL {rows[-1]['kl']:.4f}", file=sys.stderr)
     print(table(rows))
 

@@ -4,6 +4,7 @@ import datetime
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import platform
@@ -67,6 +68,16 @@ def row(kind, model, **settings):
         "model_sha256": _sha256(str(model), stat.st_size, stat.st_mtime_ns),
         **settings,
     }
+
+
+def emit(measured, out=None):
+    """Appends a row as a JSON line to the file out, or prints it."""
+    line = json.dumps(measured)
+    if out:
+        with open(out, "a") as file:
+            file.write(line + "\n")
+    else:
+        print(line, flush=True)
 
 
 def find_tool(name, given=None):
