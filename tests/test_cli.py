@@ -20,6 +20,8 @@ BAD = [
     ("--fasa-sink", "-1"),
     ("--fasa-recent", "1.5"),
     ("--fasa-max-batch", "0"),
+    ("--fasa-index-type", "q5"),
+    ("--fasa-index-type", "F16"),
 ]
 TOOLS = ["llama-cli", "llama-server", "llama-perplexity", "llama-bench"]
 

@@ -82,6 +82,8 @@ def test_documented_defaults_are_the_headers():
     for option, name in [("budget", "BUDGET"), ("sink", "N_SINK"), ("recent", "N_RECENT"), ("max-batch", "MAX_BATCH")]:
         default = re.search(rf"LLAMA_FASA_{name}_DEFAULT\s+(\d+)", header)[1]
         assert re.search(rf"^\| `--fasa-{option} N` \| `\w+` \| {default} \|", docs, re.M), option
+    default = re.search(r"LLAMA_FASA_INDEX_TYPE_DEFAULT\s+GGML_FASA_INDEX_(\w+)", header)[1].lower()
+    assert re.search(rf"^\| `--fasa-index-type .*` \| `\w+` \| `{default}` \|", docs, re.M)
 
 
 def test_calibrate_options_and_docs_agree():

@@ -11,12 +11,11 @@ import pytest
 
 from support import tolerances
 from support.gguf_keys import fasa_keys, random_fcs, with_keys
-from support.runtime import AUTO, OFF, ON, Model, fasa_params
+from support.native import ggml
+from support.runtime import AUTO, INDEX_TYPES, OFF, ON, Model, fasa_params
 
 BUDGET, N_SINK, N_RECENT = 64, 4, 12
-# FCs of each layer. A dense layer before a sparse one checks that layers are told apart, but only a batch can show it:
-# upstream's attention works with f16 sums when it decodes, which is enough to change selections in later layers.
-N_TIP = {"llama": (4, 6, 0), "qwen2": (8, 5), "llama-batch": (4, 0, 6), "qwen2-batch": (0, 6)}
+N_TIP = {"llama": (4, 0, 6), "qwen2": (0, 6)}  # FCs of each layer, 0 = dense
 ARCH = pytest.mark.parametrize("arch", ["llama", "qwen2"])
 
 
@@ -56,17 +55,15 @@ class Subject:
         n_rot, n_head_kv = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
         plain = hf_to_gguf(self.hf, folder / f"{arch}-plain.gguf")
         rope_type = {"llama": "norm", "qwen2": "neox"}[arch]
-        self.path, self.fcs = {}, {}
-        for table in (arch, f"{arch}-batch"):
-            n_tip = N_TIP[table]
-            self.fcs[table] = random_fcs(rng, n_head_kv, n_rot, n_tip)
-            keys = fasa_keys(len(n_tip), n_head_kv, n_rot, n_tip, self.fcs[table], rope_type)
-            self.path[table] = with_keys(plain, folder / f"{table}.gguf", keys)
+        n_tip = N_TIP[arch]
+        self.fcs = random_fcs(rng, n_head_kv, n_rot, n_tip)
+        keys = fasa_keys(len(n_tip), n_head_kv, n_rot, n_tip, self.fcs, rope_type)
+        self.path = with_keys(plain, folder / f"{arch}.gguf", keys)
 
-    def numpy(self, table, **kwargs):
+    def numpy(self, **kwargs):
         from support.numpy_llama import NumpyLlama
 
-        return NumpyLlama(self.hf, self.fcs[table], BUDGET, N_SINK, N_RECENT, **kwargs)
+        return NumpyLlama(self.hf, self.fcs, BUDGET, N_SINK, N_RECENT, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +78,16 @@ def subjects(request, tmp_path_factory):
     return subject
 
 
-def sparse_params(**kwargs):
-    return fasa_params(ON, BUDGET, N_SINK, N_RECENT, **kwargs)
+def sparse_params(index_type="f16", **kwargs):
+    return fasa_params(ON, BUDGET, N_SINK, N_RECENT, index_type=index_type, **kwargs)
 
 
-def check_rows(actual, expected, margins):
-    """Compares the rows all of whose selections are clear-cut; there must be some."""
+def check_rows(actual, expected, margins, most=np.max):
+    """Compares the rows all of whose selections are clear-cut; there must be some. most: of their errors."""
     clear = margins > tolerances.MODEL_MARGIN
     assert clear.mean() >= 0.2, "too few rows to compare"
     errors = np.array([tolerances.nmse(a, e) for a, e in zip(actual[clear], expected[clear])])
-    assert errors.max() <= tolerances.MODEL_NMSE, f"NMSE {errors.max():.2e}, median {np.median(errors):.2e}"
+    assert most(errors) <= tolerances.MODEL_NMSE, f"NMSE {errors.max():.2e}, median {np.median(errors):.2e}"
 
 
 @ARCH
@@ -102,7 +99,7 @@ def test_numpy_model_is_the_transformers_model(subjects, arch):
     tokens = subject.tokens[:200]
     with torch.no_grad():
         expected = subject.hf.double()(torch.tensor(tokens[None])).logits[0].numpy()
-    actual, _ = subject.numpy(arch, f16=False).forward(tokens)
+    actual, _ = subject.numpy(f16=False).forward(tokens)
     assert tolerances.nmse(actual, expected) < 1e-12
 
 
@@ -110,28 +107,30 @@ def test_numpy_model_is_the_transformers_model(subjects, arch):
 def test_dense_logits(subjects, arch):
     """With FASA off the GGUF file is the model: no mistake in the conversion can hide below."""
     subject = subjects(arch)
-    expected, _ = subject.numpy(arch).forward(subject.tokens[:300])
-    with fasa_params(OFF), Model(subject.path[arch]) as model, model.context() as ctx:
+    expected, _ = subject.numpy().forward(subject.tokens[:300])
+    with fasa_params(OFF), Model(subject.path) as model, model.context() as ctx:
         actual = ctx.decode(subject.tokens[:300], all_logits=True)
         assert ctx.info().active == 0
     assert tolerances.nmse(actual, expected) <= tolerances.MODEL_NMSE
 
 
 @ARCH
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
 @pytest.mark.parametrize("n_prompt", [300, 511, 600])
-def test_decode_steps_are_sparse(subjects, arch, n_prompt):
+def test_decode_steps_are_sparse(subjects, arch, n_prompt, index_type):
     """Prefill is dense; every step after it attends to the cells that the oracle selects."""
     subject = subjects(arch)
     n_steps = 24
     steps = subject.tokens[n_prompt : n_prompt + n_steps]
-    oracle = subject.numpy(arch)
+    oracle = subject.numpy(index_type=index_type)
     oracle.forward(subject.tokens[:n_prompt])
     expected, margins = map(np.concatenate, zip(*(oracle.forward([token], sparse=True) for token in steps)))
-    with sparse_params(), Model(subject.path[arch]) as model, model.context() as ctx:
+    with sparse_params(index_type), Model(subject.path) as model, model.context() as ctx:
         ctx.decode(subject.tokens[:n_prompt])
         actual = np.stack([ctx.decode([token]) for token in steps])
         stats, info = ctx.stats(), ctx.info()
-    check_rows(actual, expected, margins)
+    # an integer near its rounding boundary may fall on either side, and move all scores of its head
+    check_rows(actual, expected, margins, np.max if index_type == "f16" else np.median)
 
     assert (stats.n_step_sparse, stats.n_row_sparse, stats.n_step_dense) == (n_steps, n_steps, 0)
     assert stats.n_step_prefill == -(-n_prompt // 512) and stats.n_index_rebuild == 0
@@ -147,17 +146,32 @@ def test_decode_steps_are_sparse(subjects, arch, n_prompt):
 
 
 @ARCH
+def test_who_runs_dense_layers(subjects, arch):
+    """In sparse steps fac over all cells, in all others llama.cpp."""
+    _, lib = ggml()
+    subject, n_dense = subjects(arch), N_TIP[arch].count(0)
+    with sparse_params(), Model(subject.path) as model, model.context() as ctx:
+        before = lib.ggml_fasa_cpu_n_dense()
+        ctx.decode(subject.tokens[:100])
+        ctx.decode(subject.tokens[100:101])
+        ctx.decode(subject.tokens[101:400])
+        assert lib.ggml_fasa_cpu_n_dense() == before
+        for token in subject.tokens[400:405]:
+            ctx.decode([token])
+        assert lib.ggml_fasa_cpu_n_dense() == before + 5 * n_dense
+
+
+@ARCH
 def test_every_row_of_a_batch_is_sparse(subjects, arch):
     """With max_batch at the batch size a prompt is read sparsely, too, each row with its own selection."""
     subject = subjects(arch)
-    expected, margins, oracle = [], [], subject.numpy(f"{arch}-batch")
+    expected, margins, oracle = [], [], subject.numpy()
     for first in range(0, 640, 128):
         chunk = subject.tokens[first : first + 128]
         rows, margin = oracle.forward(chunk, sparse=first + 128 > 256)
         expected.append(rows)
         margins.append(margin)
-    path = subject.path[f"{arch}-batch"]
-    with sparse_params(max_batch=128), Model(path) as model, model.context(n_ubatch=128) as ctx:
+    with sparse_params(max_batch=128), Model(subject.path) as model, model.context(n_ubatch=128) as ctx:
         actual = ctx.decode(subject.tokens[:640], all_logits=True)
         stats = ctx.stats()
     assert (stats.n_step_sparse, stats.n_row_sparse, stats.n_step_dense, stats.n_step_prefill) == (3, 384, 2, 0)
@@ -168,7 +182,7 @@ def test_every_row_of_a_batch_is_sparse(subjects, arch):
 def test_max_batch_draws_the_line(subjects, arch):
     """Batches up to max_batch rows decode sparse, larger ones dense."""
     subject = subjects(arch)
-    with sparse_params(max_batch=3), Model(subject.path[arch]) as model, model.context() as ctx:
+    with sparse_params(max_batch=3), Model(subject.path) as model, model.context() as ctx:
         ctx.decode(subject.tokens[:400])
         for n, first in ((3, 400), (4, 403)):
             ctx.decode(subject.tokens[first : first + n])
@@ -177,12 +191,14 @@ def test_max_batch_draws_the_line(subjects, arch):
 
 
 @ARCH
-def test_budget_of_all_is_off(subjects, arch):
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_budget_of_all_is_off(subjects, arch, index_type):
     """FASA with budget >= n_kv gives the bits of FASA off, token by token."""
     subject = subjects(arch)
     logits = {}
-    with Model(subject.path[arch]) as model:
-        for name, params in {"off": fasa_params(OFF), "all": fasa_params(ON, 1024, N_SINK, N_RECENT)}.items():
+    with Model(subject.path) as model:
+        everything = fasa_params(ON, 1024, N_SINK, N_RECENT, index_type=index_type)
+        for name, params in {"off": fasa_params(OFF), "all": everything}.items():
             with params, model.context() as ctx:
                 first = ctx.decode(subject.tokens[:500])
                 logits[name] = np.stack([first] + [ctx.decode([t]) for t in subject.tokens[500:532]])
@@ -194,7 +210,7 @@ def test_budget_of_all_is_off(subjects, arch):
 def test_short_contexts_decode_dense(subjects, arch):
     """Up to n_kv = budget, rounded up to 256, a step is dense and counted so."""
     subject = subjects(arch)
-    with Model(subject.path[arch]) as model:
+    with Model(subject.path) as model:
         with fasa_params(OFF), model.context() as ctx:
             ctx.decode(subject.tokens[:200])
             expected = np.stack([ctx.decode([t]) for t in subject.tokens[200:210]])
@@ -209,10 +225,10 @@ def test_short_contexts_decode_dense(subjects, arch):
 def test_auto_needs_a_budget(subjects, arch, tmp_path):
     """AUTO runs FASA when a budget is given, by the caller or by the file, and else not."""
     subject = subjects(arch)
-    with_budget = with_keys(subject.path[arch], tmp_path / "budget.gguf", {"fasa.budget": 80, "fasa.n_sink": 2})
+    with_budget = with_keys(subject.path, tmp_path / "budget.gguf", {"fasa.budget": 80, "fasa.n_sink": 2})
     for path, params, expected in [
-        (subject.path[arch], {}, 0),
-        (subject.path[arch], {"budget": 96}, 96),
+        (subject.path, {}, 0),
+        (subject.path, {"budget": 96}, 96),
         (with_budget, {}, 80),
         (with_budget, {"budget": 96}, 96),
     ]:
@@ -262,12 +278,12 @@ def test_greedy_tokens_of_unpatched_llama_cpp(subjects, arch):
     tokens = [int(t) for t in subject.tokens[:400]]
     stock = str(Path(llama().__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", GREEDY, stock, str(subject.path[arch]), "48", json.dumps(tokens)],
+        [sys.executable, "-c", GREEDY, stock, str(subject.path), "48", json.dumps(tokens)],
         env={**os.environ, "LLAMA_CPP_LIB_PATH": unpatched}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = json.loads(done.stdout)
-    with Model(subject.path[arch]) as model:
+    with Model(subject.path) as model:
         for params in (fasa_params(OFF), fasa_params(ON, 1024)):
             with params, model.context() as ctx:
                 assert ctx.greedy(tokens, 48) == expected

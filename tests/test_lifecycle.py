@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from support import gguf_keys, tolerances
-from support.runtime import OFF, ON, Model, fasa_params, llama
+from support.runtime import INDEX_TYPES, OFF, ON, Model, fasa_params, llama
 from support.tiny_gguf import N_VOCAB, Shape, write_tiny_gguf
 
 BUDGET, N_SINK, N_RECENT = 64, 4, 12
@@ -44,8 +44,8 @@ def fasa(model):
     """A function that creates a context with FASA on."""
     made = []
 
-    def create(mode=ON, **kwargs):
-        with fasa_params(mode, BUDGET, N_SINK, N_RECENT):
+    def create(mode=ON, index_type=None, **kwargs):
+        with fasa_params(mode, BUDGET, N_SINK, N_RECENT, index_type=index_type):
             made.append(model.context(n_ctx=kwargs.pop("n_ctx", N_CTX), **kwargs))
         assert made[-1].info().active == (mode == ON)
         return made[-1]
@@ -321,3 +321,98 @@ def test_many_sequences_in_a_batch(fasa, text, unified):
     assert ctx.stats().n_row_sparse == before + n_seq * STEPS
     for seq in range(n_seq):
         assert difference(actual[:, seq], expected) <= tolerances.LIFECYCLE_NMSE, f"sequence {seq}"
+
+
+# --- types of K, V and the index ---
+
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type
+KV_TYPES = [("f16", "f16"), ("bf16", "bf16"), ("f32", "f32"), ("q8_0", "q8_0"), ("q5_1", "q5_0"), ("q4_1", "q4_1"),
+            ("q4_0", "q4_0"), ("q8_0", "f16"), ("f16", "q4_0")]  # fmt: skip
+
+
+def cache(type_k, type_v="f16"):
+    return dict(type_k=TYPES[type_k], type_v=TYPES[type_v])
+
+
+@pytest.fixture(scope="module", params=[64, 32], ids=["rotated", "plain"])
+def typed(request, tmp_path_factory):
+    """A function that creates a context of a model with heads of 64 dims, whose K llama.cpp rotates if it is quantised
+    and a test does not forbid it, or with heads of 32 dims, whose K it never rotates."""
+    folder, n_tip = tmp_path_factory.mktemp("typed"), [6, 8]
+    shape = Shape(n_layer=2, head_size=request.param, n_embd=4 * request.param)
+    plain = write_tiny_gguf(folder / "plain.gguf", "qwen2", shape, sharpness=3.0)
+    fcs = gguf_keys.random_fcs(np.random.default_rng(5), shape.n_head_kv, shape.head_size, n_tip)
+    keys = gguf_keys.fasa_keys(len(n_tip), shape.n_head_kv, shape.head_size, n_tip, fcs, "neox")
+
+    def create(index_type, mode=ON, **kwargs):
+        with fasa_params(mode, BUDGET, N_SINK, N_RECENT, index_type=index_type):
+            return model.context(n_ctx=N_CTX, **kwargs)
+
+    create.rotated = request.param % 64 == 0
+    with Model(gguf_keys.with_keys(plain, folder / "model.gguf", keys)) as model:
+        yield create
+
+
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+@pytest.mark.parametrize("type_k, type_v", KV_TYPES)
+def test_index_of_decode_is_that_of_a_rebuild(typed, text, type_k, type_v, index_type):
+    """The index written token by token holds the bits of one rebuilt from the same K, whatever their types."""
+    prompt, tokens, more = text(400), text(STEPS), text(STEPS)
+    with typed(index_type, **cache(type_k, type_v)) as ctx, typed(index_type, **cache(type_k, type_v)) as rebuilt:
+        steps_after(ctx, prompt, tokens)
+        rebuilt.load(ctx.save())
+        assert rebuilt.stats().n_index_rebuild == 1
+        assert np.array_equal(steps(ctx, more), steps(rebuilt, more))
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("type_k", ["q8_0", "q5_1"])
+def test_index_is_taken_before_the_rotation(typed, text, monkeypatch, type_k, rotate):
+    """Selection by a quantised K is that of f16 but for its rounding; other dims would select something else."""
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", str(int(not rotate)))
+    prompt, tokens = text(400), text(STEPS)
+    results = {}
+    for name, mode, kv in [("f16", ON, "f16"), ("quantised", ON, type_k), ("dense", OFF, type_k)]:
+        with typed("f16", mode, **cache(kv)) as ctx:
+            ctx.decode(prompt)
+            results[name] = np.stack([ctx.decode([token]) for token in tokens])
+    rounding = difference(results["quantised"], results["f16"])
+    assert rounding < 0.2 * difference(results["dense"], results["f16"])
+
+
+@pytest.mark.parametrize("type_k", ["f16", "f32", "q8_0"])
+def test_context_shift_of_a_type(typed, text, type_k):
+    """llama.cpp shifts K, which it cannot if it is quantised and not rotated, and the index is rebuilt from it."""
+    prompt, tokens = text(500), text(STEPS)
+    if type_k == "q8_0" and not typed.rotated:
+        pytest.skip("llama.cpp crashes")
+    with typed("q8", **cache(type_k)) as ctx, typed("q8", **cache(type_k)) as reference:
+        steps_after(ctx, prompt, text(2))
+        rm(ctx, 0, 100, 250)
+        llama().llama_memory_seq_add(ctx.memory, 0, 250, -1, -150)
+        actual = steps(ctx, tokens)
+        assert ctx.stats().n_index_rebuild == 1
+        rm(ctx, 0, 502 - 150, -1)
+        reference.load(ctx.save())
+        assert difference(actual, steps(reference, tokens)) <= tolerances.LIFECYCLE_NMSE
+
+
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_full_budget_is_off_whatever_the_index(typed, text, index_type):
+    """While the cache fits the budget, the bits are those of FASA off."""
+    prompt, tokens = text(200), text(STEPS)
+    with typed(index_type) as ctx, typed(index_type, OFF) as off:
+        logits = [[c.decode(prompt)] + [c.decode([t]) for t in tokens] for c in (ctx, off)]
+        assert ctx.stats().n_step_sparse == 0 and ctx.info().active and not off.info().active
+    assert np.array_equal(*logits)
+
+
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_threads(typed, text, index_type):
+    """Any number of threads says the same."""
+    prompt, said = text(420), []
+    for n_threads in (1, 2, 3, 5):
+        with typed(index_type, n_threads=n_threads) as ctx:
+            said.append(ctx.greedy(prompt, 24))
+            assert ctx.stats().n_step_sparse == 24
+    assert said.count(said[0]) == len(said)

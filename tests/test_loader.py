@@ -5,7 +5,7 @@ import pytest
 
 from support import gguf_keys
 from support.gguf_keys import F32, I32, STRING, U64, array, scalar, with_keys
-from support.runtime import AUTO, OFF, ON, Model, fasa_api, fasa_params, last_error, log_lines
+from support.runtime import AUTO, INDEX_TYPES, OFF, ON, Model, fasa_api, fasa_params, last_error, log_lines
 from support.tiny_gguf import Shape, write_tiny_gguf
 
 SHAPE = Shape()  # 4 layers, 2 KV heads of 32 dims: 16 FCs a head
@@ -63,6 +63,8 @@ BROKEN = {
     "budget of another type": ({"fasa.budget": "256"}, "fasa.budget is not a u32"),
     "n_sink huge": ({"fasa.n_sink": 2**31}, "fasa.n_sink is 2147483648, outside"),
     "n_recent of another type": ({"fasa.n_recent": [1]}, "fasa.n_recent is not a u32"),
+    "index_type unknown": ({"fasa.index_type": "q5"}, "fasa.index_type is none of f16, q8 and q4"),
+    "index_type of another type": ({"fasa.index_type": 2}, "fasa.index_type is not a string"),
 }
 
 # files that llama.cpp itself must refuse to read
@@ -92,13 +94,36 @@ def decode(ctx):
 def test_valid_file(plain, tmp_path):
     with Model(calibrated(plain, tmp_path / "model.gguf")) as model:
         assert model.calibrated() == (1, "")
-        with fasa_params(ON), model.context() as ctx:
+        with fasa_params(ON, index_type="f16"), model.context() as ctx:
             info = ctx.info()
             assert (info.active, info.n_layer_sparse, info.n_layer_dense) == (1, 3, 1)
             assert (info.n_tip_min, info.n_tip_max, info.budget) == (1, 5, 256)
             assert info.index_bytes == 2 * N_FC * 1024 * 2  # two dims of f16 for each FC and cell
             assert info.kv_bytes == 2 * 4 * 2 * 32 * 1024 * 2
             decode(ctx)
+
+
+@pytest.mark.parametrize("name", INDEX_TYPES)
+def test_index_type(plain, tmp_path, name):
+    """The caller's, else the file's, else the default; and the log names it."""
+    default = "q4"
+    other = next(n for n in INDEX_TYPES if n != name)
+
+    def tile_bytes(index_type, n_dim):  # ggml-fasa.h
+        words = {"f16": n_dim / 2, "q8": 0.5 + -(-n_dim // 4), "q4": 0.5 + -(-n_dim // 8)}
+        return 32 * 4 * words[index_type]
+
+    cases = [(None, None, default), (None, name, name), (name, None, name), (other, name, name)]
+    for in_file, given, expected in cases:
+        changes = {} if in_file is None else {"fasa.index_type": in_file}
+        with Model(calibrated(plain, tmp_path / "model.gguf", changes)) as model, fasa_params(ON, index_type=given):
+            del log_lines[:]
+            with model.context() as ctx:
+                assert ctx.info().index_type == INDEX_TYPES[expected]
+                tiles = sum(tile_bytes(expected, 2 * n) for n in N_TIP if n)
+                assert ctx.info().index_bytes == tiles * SHAPE.n_head_kv * 1024 // 32
+                assert f"{expected} index of " in "".join(log_lines)
+                decode(ctx)
 
 
 def test_file_without_calibration(plain):
@@ -184,8 +209,8 @@ def test_forced_tokens_must_fit_the_budget(plain, tmp_path, in_file, params):
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        (dict(type_k=8), "KV cache type q8_0 is not supported yet"),
-        (dict(type_v=8), "KV cache type q8_0 is not supported yet"),
+        (dict(type_k=20), "KV cache type iq4_nl is not supported"),
+        (dict(type_v=20), "KV cache type iq4_nl is not supported"),
         (dict(flash_attn_type=0), "flash attention is off"),
     ],
 )
@@ -202,15 +227,17 @@ def test_contexts_that_cannot(plain, tmp_path, more, sentence):
 
 @pytest.mark.parametrize(
     "params, name",
-    [((3, 0, -1, -1, 0), "mode"), ((-1, 0, -1, -1, 0), "mode"), ((2, -1, -1, -1, 0), "budget"),
-     ((2, 2**24 + 1, -1, -1, 0), "budget"), ((2, 0, -2, -1, 0), "n_sink"), ((2, 0, -1, -2, 0), "n_recent"),
-     ((2, 0, -1, -1, -1), "max_batch"), ((2, 0, -1, 2**31 - 1, 0), "n_recent")],
+    [((3, 0, -1, -1, 0, -1), "mode"), ((-1, 0, -1, -1, 0, -1), "mode"), ((2, -1, -1, -1, 0, -1), "budget"),
+     ((2, 2**24 + 1, -1, -1, 0, -1), "budget"), ((2, 0, -2, -1, 0, -1), "n_sink"), ((2, 0, -1, -2, 0, -1), "n_recent"),
+     ((2, 0, -1, -1, -1, -1), "max_batch"), ((2, 0, -1, 2**31 - 1, 0, -1), "n_recent"),
+     ((2, 0, -1, -1, 0, -2), "index_type"), ((2, 0, -1, -1, 0, 3), "index_type")],
 )  # fmt: skip
 def test_params_out_of_range_change_nothing(params, name):
     ffi, lib = fasa_api()
-    with fasa_params(AUTO, 100, 5, 6, 7):
+    with fasa_params(AUTO, 100, 5, 6, 7, "q8"):
         assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", params)) == -1
         assert f"FASA: {name} is " in last_error() and ", outside [" in last_error()
         now = lib.llama_fasa_get_params()
-        assert (now.mode, now.budget, now.n_sink, now.n_recent, now.max_batch) == (AUTO, 100, 5, 6, 7)
+        fields = (now.mode, now.budget, now.n_sink, now.n_recent, now.max_batch, now.index_type)
+        assert fields == (AUTO, 100, 5, 6, 7, INDEX_TYPES["q8"])
         assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", now)) == 0 and last_error() == ""

@@ -120,11 +120,20 @@ def test_store_budget(model):
     assert fields["budget"].types == [gguf.GGUFValueType.UINT32]
 
 
+def test_store_index_type(model, capsys):
+    assert calibrate(model, "--index-type", "q8") == 0
+    field = fasa_fields(model)["index_type"]
+    assert field.contents() == "q8" and field.types == [gguf.GGUFValueType.STRING]
+    with pytest.raises(SystemExit):
+        calibrate(model, "--index-type", "q5")
+    assert "invalid choice: 'q5'" in capsys.readouterr().err
+
+
 def test_a_second_run_replaces_the_keys(model):
-    assert calibrate(model, "--store-budget", "512") == 0
+    assert calibrate(model, "--store-budget", "512", "--index-type", "q4") == 0
     assert calibrate(model) == 0
     again = model.read_bytes()
-    assert set(fasa_fields(model)) == set(TYPES)  # no budget: it is not what this run was asked for
+    assert set(fasa_fields(model)) == set(TYPES)  # no recommendations: they are not what this run was asked for
     assert calibrate(model) == 0
     assert model.read_bytes() == again
 

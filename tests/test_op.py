@@ -17,31 +17,49 @@ TILE = oracle.TILE
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of the op in C order; letters as in ggml-fasa.h."""
+    """Inputs of the op in C order; letters as in ggml-fasa.h. K and V hold values, which a cache of their type keeps."""
 
-    q: np.ndarray  # f32 [S, H, T, D]
-    k: np.ndarray  # f16 [S, n_cells, G, D], the cache
-    v: np.ndarray  # f16 [S, n_cells, G, DV], the cache
+    q: np.ndarray  # f32 [S, H, T, D], before rotation
+    k: np.ndarray  # [S, n_cells, G, D], the cache, rotated if hadamard is not 0
+    v: np.ndarray  # [S, n_cells, G, DV], the cache
     mask: np.ndarray  # [S, T, N]
     dims: np.ndarray  # i32 [G, J]
     budget: int
     scale: float
     softcap: float = 0.0
     sinks: np.ndarray = None
+    index_type: str = "f16"
+    type_k: str = "f16"
+    type_v: str = "f16"
+    hadamard: int = 0
 
     @property
     def written(self):
         """Global ids of the cells that hold a token, in the order in which they are written."""
         return np.random.default_rng(self.k.size).permutation(self.k.shape[0] * self.k.shape[1])
 
+    @property
+    def rotated_q(self):
+        return oracle.unrotate(self.q, self.hadamard).astype(np.float32)  # its own inverse
+
+    def seen(self):
+        """K and V as the cache keeps them, [S, G, N, D]."""
+        n_kv = self.mask.shape[2]
+        kept = (shapes.stored(self.k, self.type_k)[1], shapes.stored(self.v, self.type_v)[1])
+        return [cache[:, :n_kv].swapaxes(1, 2) for cache in kept]
+
+    def index(self):
+        s, n_cells, g, _ = self.k.shape
+        index = oracle.new_index(s, g, n_cells, self.dims.shape[1], self.index_type)
+        k = shapes.stored(self.k, self.type_k)[1]
+        return oracle.index_cache(k, self.written, index, self.dims, self.index_type, self.hadamard)
+
     def expected(self):
         """The oracle's (output [S, T, H, DV], margins [S, T, G])."""
-        n_kv = self.mask.shape[2]
-        s, n_cells, g, _ = self.k.shape
-        index = oracle.new_index(s, g, n_cells, self.dims.shape[1])
-        index = oracle.index_cache(self.k, self.written, index, self.dims)
-        k, v = (cache[:, :n_kv].swapaxes(1, 2) for cache in (self.k, self.v))
-        return oracle.attn(self.q, k, v, self.mask, index, self.dims, self.scale, self.budget, self.softcap, self.sinks)
+        return oracle.attn(
+            self.rotated_q, *self.seen(), self.mask, self.index(), self.dims, self.scale, self.budget, self.softcap,
+            self.sinks, self.index_type, self.hadamard,
+        )  # fmt: skip
 
 
 def make_case(rng, group, n_head_kv, d, n_dim, n_kv, budget, n_stream=1, n_row=1, d_v=None, mask_type=np.float16, **kw):
@@ -52,14 +70,15 @@ def make_case(rng, group, n_head_kv, d, n_dim, n_kv, budget, n_stream=1, n_row=1
     for row in mask:  # forced cells must fit the budget
         forced = np.flatnonzero(oracle.visibility(row)[1])
         row[forced[budget:]] = 0.0
+    hadamard = kw.get("hadamard", 0)
     case = Case(
         q=shapes.f32(rng, n_stream, n_head_kv * group, n_row, d),
-        k=shapes.f16(rng, n_stream, n_cells, n_head_kv, d),
+        k=(shapes.exact_k if hadamard else shapes.f16)(rng, n_stream, n_cells, n_head_kv, d),
         v=shapes.f16(rng, n_stream, n_cells, n_head_kv, d_v),
         mask=mask.reshape(n_stream, n_row, n_kv),
         dims=shapes.dims(rng, n_head_kv, n_dim, d),
         budget=budget,
-        scale=d**-0.5,
+        scale=float(np.float32(d**-0.5)),
         **kw,
     )
     while case.expected()[1].min() < tolerances.MARGIN:
@@ -67,30 +86,35 @@ def make_case(rng, group, n_head_kv, d, n_dim, n_kv, budget, n_stream=1, n_row=1
     return case
 
 
-def run(case, n_threads=2, use_ref=False, permuted_q=True):
-    """The op's output [S, T, H, DV]: index_write into an empty index, then attn, in one graph."""
+def run(case, n_threads=2, use_ref=False, permuted_q=True, dense=False):
+    """The op's output [S, T, H, DV]: index_write into an empty index, then attn, in one graph; or dense."""
     n_stream, n_cells, n_head_kv, d = case.k.shape
     d_v, n_kv = case.v.shape[3], case.mask.shape[2]
     n_head, n_row = case.q.shape[1:3]
-    size = sum(a.nbytes for a in (case.q, case.k, case.v, case.mask)) * 2 + n_stream * n_row * n_head * d_v * 4
-    with Graph(size + case.k.nbytes) as g:
-        k_cache = g.tensor(case.k.reshape(1, n_stream, n_cells, n_head_kv * d))
-        v_cache = g.tensor(case.v.reshape(1, n_stream, n_cells, n_head_kv * d_v))
-        dims = g.tensor(case.dims)
-        empty = g.lib.ggml_fasa_new_index(g.ctx, case.dims.shape[1], n_cells, n_head_kv, n_stream)
-        n_index = n_stream * n_cells * n_head_kv * case.dims.shape[1]
-        g.array(empty, np.float16, (n_index,))[:] = np.nan
-        index = g.lib.ggml_fasa_index_write(g.ctx, k_cache, g.tensor(case.written.astype(np.int64)), empty, dims)
+    size = sum(a.nbytes for a in (case.q, case.mask)) * 2 + (case.k.size + case.v.size) * 6 + n_stream * n_row * n_head * d_v * 4
+    with Graph(size) as g:
+        k_cache = g.cache(case.k.reshape(1, n_stream, n_cells, n_head_kv * d), case.type_k)
+        v_cache = g.cache(case.v.reshape(1, n_stream, n_cells, n_head_kv * d_v), case.type_v)
         if permuted_q:  # as llama.cpp has it: heads of a token side by side
-            q = g.lib.ggml_permute(g.ctx, g.tensor(np.ascontiguousarray(case.q.swapaxes(1, 2))), 0, 2, 1, 3)
+            q = g.lib.ggml_permute(g.ctx, g.tensor(np.ascontiguousarray(case.rotated_q.swapaxes(1, 2))), 0, 2, 1, 3)
         else:
-            q = g.tensor(case.q)
-        out = g.lib.ggml_fasa_attn(
-            g.ctx, q,
-            g.view(k_cache, case.k[:, :n_kv].swapaxes(1, 2)), g.view(v_cache, case.v[:, :n_kv].swapaxes(1, 2)),
+            q = g.tensor(case.rotated_q)
+        inputs = (
+            q, g.heads(k_cache, case.type_k, case.k.shape, n_kv), g.heads(v_cache, case.type_v, case.v.shape, n_kv),
             g.tensor(case.mask[:, None]), g.ffi.NULL if case.sinks is None else g.tensor(case.sinks),
-            index, dims, case.scale, case.softcap, case.budget,
         )  # fmt: skip
+        if dense:
+            out = g.lib.ggml_fasa_dense(g.ctx, *inputs, case.scale, case.softcap)
+        else:
+            index_type = oracle.INDEX_TYPES.index(case.index_type)
+            dims = g.tensor(case.dims)
+            empty = g.lib.ggml_fasa_new_index(g.ctx, index_type, case.dims.shape[1], n_cells, n_head_kv, n_stream)
+            g.array(empty, np.uint8, (g.lib.ggml_nbytes(empty),))[:] = 0xFF  # NaN
+            cells = g.tensor(case.written.astype(np.int64))
+            index = g.lib.ggml_fasa_index_write(g.ctx, k_cache, cells, empty, dims, index_type, case.hadamard)
+            out = g.lib.ggml_fasa_attn(
+                g.ctx, *inputs, index, dims, case.scale, case.softcap, case.budget, index_type, case.hadamard
+            )
         result = g.array(out, np.float32, (n_stream, n_row, n_head, d_v))
         result[...] = np.nan
         g.compute(out, n_threads=n_threads, use_ref=use_ref)
@@ -104,14 +128,22 @@ def check(actual, case):
     assert error <= tolerances.OP_NMSE, f"NMSE {error:.2e}"
 
 
+def check_dense(actual, case):
+    expected = oracle.dense(case.rotated_q, *case.seen(), case.mask, case.scale, case.softcap, case.sinks)
+    error = tolerances.nmse(actual, expected)
+    assert error <= tolerances.OP_NMSE, f"NMSE {error:.2e}"
+
+
 REF = pytest.mark.parametrize("use_ref", [True, False], ids=["ref", "fast"])
+INDEX_TYPES = pytest.mark.parametrize("index_type", oracle.INDEX_TYPES)
 
 
 @REF
+@INDEX_TYPES
 @pytest.mark.parametrize("group", shapes.GROUPS)
 @pytest.mark.parametrize("d", shapes.HEAD_SIZES)
-def test_attn(rng, group, d, use_ref):
-    case = make_case(rng, group, 2, d, n_dim=min(16, d), n_kv=517, budget=64, n_row=2)
+def test_attn(rng, group, d, index_type, use_ref):
+    case = make_case(rng, group, 2, d, n_dim=min(16, d), n_kv=517, budget=64, n_row=2, index_type=index_type)
     check(run(case, use_ref=use_ref), case)
 
 
@@ -123,11 +155,50 @@ def test_attn_every_length(rng, n_kv, use_ref):
 
 
 @REF
+@INDEX_TYPES
+@pytest.mark.parametrize("hadamard", [0, 64])
+@pytest.mark.parametrize("type_k", shapes.CACHE_TYPES)
+def test_attn_of_every_cache_type(rng, type_k, hadamard, index_type, use_ref):
+    kw = dict(type_k=type_k, type_v=str(rng.choice(shapes.CACHE_TYPES)), hadamard=hadamard, index_type=index_type)
+    case = make_case(rng, 3, 2, 128, 16, 300, 48, n_row=2, **kw)
+    check(run(case, use_ref=use_ref), case)
+    check_dense(run(case, use_ref=use_ref, dense=True), case)
+
+
+@REF
+@pytest.mark.parametrize("group", shapes.GROUPS)
+@pytest.mark.parametrize("d", shapes.HEAD_SIZES)
+def test_dense(rng, group, d, use_ref):
+    case = make_case(rng, group, 2, d, n_dim=2, n_kv=517, budget=64, n_row=2, d_v=int(rng.choice([d, 64, 80])))
+    check_dense(run(case, use_ref=use_ref, dense=True), case)
+
+
+@REF
+@pytest.mark.parametrize("n_kv", [1, 31, 64, 65, 255, 256, 257, 1000, 4099])
+def test_dense_every_length(rng, n_kv, use_ref):
+    kw = dict(softcap=float(rng.choice([0.0, 5.0])), sinks=shapes.f32(rng, 6), mask_type=np.float32)
+    case = make_case(rng, 3, 2, 64, 2, n_kv, budget=64, **kw)
+    for n_threads in (1, 2, 5):
+        check_dense(run(case, n_threads, use_ref, dense=True), case)
+
+
+@REF
+def test_dense_of_growing_logits(rng, use_ref):
+    """Each cell outweighs all before it: what was summed is brought down again and again."""
+    case = make_case(rng, 3, 1, 64, 2, 600, 64)
+    case.mask[...] = shapes.mask(rng, 600, np.float16)
+    case.q[...] = 1
+    case.k[...] = (np.arange(case.k.shape[1]) / 16)[None, :, None, None]
+    check_dense(run(case, use_ref=use_ref, dense=True), case)
+
+
+@REF
 @pytest.mark.parametrize("permuted_q", [True, False], ids=["permuted", "contiguous"])
 @pytest.mark.parametrize("n_stream, n_row", [(1, 5), (2, 1), (2, 4), (3, 17)])
 def test_attn_streams_and_rows(rng, n_stream, n_row, permuted_q, use_ref):
     case = make_case(rng, 4, 2, 64, 16, 300, 48, n_stream, n_row)
     check(run(case, use_ref=use_ref, permuted_q=permuted_q), case)
+    check_dense(run(case, use_ref=use_ref, permuted_q=permuted_q, dense=True), case)
 
 
 @REF
@@ -150,7 +221,7 @@ def test_attn_random_shapes(rng):
         d, group, n_kv = int(rng.choice(shapes.HEAD_SIZES)), int(rng.choice(shapes.GROUPS)), int(rng.integers(1, 2500))
         shape = dict(n_dim=2 * int(rng.integers(1, 17)), n_kv=n_kv, budget=int(rng.integers(8, 300)))
         shape.update(n_stream=int(rng.integers(1, 3)), n_row=int(rng.integers(1, 5)))
-        shape.update(mask_type=rng.choice([np.float16, np.float32]))
+        shape.update(mask_type=rng.choice([np.float16, np.float32]), index_type=str(rng.choice(oracle.INDEX_TYPES)))
         case = make_case(rng, group, int(rng.integers(1, 5)), d, **shape)
         n_threads = int(rng.integers(1, 6))
         try:
@@ -159,14 +230,16 @@ def test_attn_random_shapes(rng):
             raise AssertionError(f"{error} at d {d}, group {group}, threads {n_threads}, {shape}") from error
 
 
-@pytest.mark.parametrize("n_row", [1, 9])
-def test_attn_number_of_threads(rng, n_row):
+@INDEX_TYPES
+@pytest.mark.parametrize("dense", [False, True], ids=["attn", "dense"])
+@pytest.mark.parametrize("n_row, n_head_kv", [(1, 1), (1, 3), (9, 3)])
+def test_number_of_threads(rng, n_row, n_head_kv, dense, index_type):
     """Work is cut the same way for any number of threads: the same bits come out."""
-    case = make_case(rng, 3, 3, 64, 16, 1500, 64, n_row=n_row)
-    one = run(case, n_threads=1)
-    check(one, case)
+    case = make_case(rng, 3, n_head_kv, 64, 16, 1500, 64, n_row=n_row, index_type=index_type)
+    one = run(case, n_threads=1, dense=dense)
+    (check_dense if dense else check)(one, case)
     for n_threads in (2, 3, 5):
-        assert np.array_equal(run(case, n_threads), one), f"{n_threads} threads"
+        assert np.array_equal(run(case, n_threads, dense=dense), one), f"{n_threads} threads"
 
 
 @REF
@@ -210,19 +283,20 @@ def test_attn_budget_of_all_is_dense(rng, budget, use_ref):
 
 
 @REF
-def test_attn_ignores_hidden_cells(rng, use_ref):
+@pytest.mark.parametrize("dense", [False, True], ids=["attn", "dense"])
+def test_hidden_cells_are_ignored(rng, dense, use_ref):
     """Hidden cells may hold NaN in K, V and index; a row that sees nothing yields zeros."""
     case = make_case(rng, 3, 2, 64, 16, 400, 48, n_row=3)
     case.mask[...] = case.mask[:, :1]  # all rows see the same cells
     hidden = np.append(np.flatnonzero(np.isinf(case.mask[0, 0])), np.arange(400, case.k.shape[1]))
-    clean = {n: run(case, n, use_ref) for n in (1, 2)}
-    check(clean[1], case)
+    clean = {n: run(case, n, use_ref, dense=dense) for n in (1, 2)}
+    (check_dense if dense else check)(clean[1], case)
     case.k[:, hidden], case.v[:, hidden] = np.nan, np.nan
     for n in (1, 2):
-        assert np.array_equal(run(case, n, use_ref), clean[n])
+        assert np.array_equal(run(case, n, use_ref, dense=dense), clean[n])
     case.mask[0, 1] = -np.inf
     for n in (1, 2):
-        actual = run(case, n, use_ref)
+        actual = run(case, n, use_ref, dense=dense)
         assert (actual[0, 1] == 0).all() and np.array_equal(actual[0, [0, 2]], clean[n][0, [0, 2]])
 
 
@@ -243,31 +317,38 @@ def test_attn_keeps_forced_cells(rng, use_ref):
     check(run(case, use_ref=use_ref), case)
 
 
+@INDEX_TYPES
 @pytest.mark.parametrize("n_threads", [1, 3])
-def test_index_write_overwrites(rng, n_threads):
+def test_index_write_overwrites(rng, n_threads, index_type):
     """Cells in any order, some of them twice over time; cells not named keep what they had."""
     n_stream, n_cells, n_head_kv, d, n_dim = 2, 4 * TILE, 3, 64, 10
     dims = shapes.dims(rng, n_head_kv, n_dim, d)
-    index = oracle.new_index(n_stream, n_head_kv, n_cells, n_dim)
+    index = oracle.new_index(n_stream, n_head_kv, n_cells, n_dim, index_type)
+    type_id = oracle.INDEX_TYPES.index(index_type)
     with Graph(4 << 20) as g:
-        tensor = g.lib.ggml_fasa_new_index(g.ctx, n_dim, n_cells, n_head_kv, n_stream)
-        data = g.array(tensor, np.float16, index.shape)
-        data[...] = index[...] = shapes.f16(rng, *index.shape)
+        tensor = g.lib.ggml_fasa_new_index(g.ctx, type_id, n_dim, n_cells, n_head_kv, n_stream)
+        data = g.array(tensor, np.uint8, index.view(np.uint8).shape)
+        data[...] = index.view(np.uint8)[...] = rng.integers(0, 256, data.shape)
         for _ in range(3):
             k = shapes.f16(rng, n_stream, n_cells, n_head_kv, d)
             cells = rng.permutation(n_stream * n_cells)[: int(rng.integers(1, 100))]
             k_cache = g.tensor(k.reshape(1, n_stream, n_cells, -1))
-            out = g.lib.ggml_fasa_index_write(g.ctx, k_cache, g.tensor(cells.astype(np.int64)), tensor, g.tensor(dims))
+            ids = g.tensor(cells.astype(np.int64))
+            out = g.lib.ggml_fasa_index_write(g.ctx, k_cache, ids, tensor, g.tensor(dims), type_id, 0)
             g.compute(out, n_threads=n_threads)
-            index = oracle.index_cache(k, cells, index, dims)
-            assert np.array_equal(data.view(np.uint16), index.view(np.uint16))
+            index = oracle.index_cache(k, cells, index, dims, index_type)
+            assert np.array_equal(data, index.view(np.uint8))
 
 
 def test_counters_show_that_the_op_ran(rng):
     _, lib = ggml()
-    before = lib.ggml_fasa_cpu_n_attn(), lib.ggml_fasa_cpu_n_index_write()
-    run(make_case(rng, 1, 1, 32, 4, 64, 16), n_threads=2)
-    assert (lib.ggml_fasa_cpu_n_attn(), lib.ggml_fasa_cpu_n_index_write()) == (before[0] + 1, before[1] + 1)
+    counters = (lib.ggml_fasa_cpu_n_attn, lib.ggml_fasa_cpu_n_index_write, lib.ggml_fasa_cpu_n_dense)
+    before = [count() for count in counters]
+    case = make_case(rng, 1, 1, 32, 4, 64, 16)
+    run(case, n_threads=2)
+    assert [count() for count in counters] == [before[0] + 1, before[1] + 1, before[2]]
+    run(case, n_threads=2, dense=True)
+    assert [count() for count in counters] == [before[0] + 1, before[1] + 1, before[2] + 1]
 
 
 def test_backend_ops_of_upstream():

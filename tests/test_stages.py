@@ -12,18 +12,46 @@ PATHS = pytest.mark.parametrize("use_ref", [True, False], ids=["ref", "fast"])
 NAN16 = np.float16(np.nan)
 
 
-def run_tip(q, index, mask, use_ref):
+def write_index(k, dims, cells, index, index_type="f16", type_k="f16", hadamard=0):
+    """Stage index_cache through C, into a plane of an index; k: [n_cells, D]."""
+    _, lib = ggml()
+    d = k.shape[1]
+    rows, _ = shapes.stored(k, type_k)
+    scratch = np.full(d + len(dims) + TILE, np.nan, np.float32)
+    for cell in cells:
+        lib.ggml_fasa_cpu_index_write(
+            pointer(rows[cell], "void *"), shapes.type_id(type_k), d, hadamard, pointer(dims, "int32_t *"), len(dims),
+            int(cell), oracle.INDEX_TYPES.index(index_type), pointer(index, "void *"), pointer(scratch, "float *"),
+        )  # fmt: skip
+    assert np.isnan(scratch[-TILE:]).all(), "index_cache wrote past its scratch"
+
+
+def random_index(rng, index_type, n_kv, n_dim):
+    """A plane of an index of random cells, the tail of its last tile included."""
+    n_cells = shapes.pad(n_kv)
+    index = oracle.new_index(1, 1, n_cells, n_dim, index_type)
+    if index_type == "f16":
+        return shapes.f16(rng, *index.shape)[0, 0]
+    scales, words = oracle.tile_parts(index)
+    scales[...] = shapes.f16(rng, *scales.shape) / np.float16(64 if index_type == "q8" else 4)
+    words[...] = rng.integers(0, 256, words.shape)
+    if index_type == "q8":
+        np.maximum(words, 1, out=words)  # -128 does not occur
+    return index[0, 0]
+
+
+def run_tip(q, index, mask, use_ref, index_type="f16"):
     """Stage tip through C; outputs and scratch start as NaN, and must not be written past their ends."""
     ffi, lib = ggml()
     n_group, n_dim = q.shape
     n_kv = len(mask)
-    scratch = np.full(lib.ggml_fasa_cpu_tip_scratch(n_group, n_kv) + TILE, np.nan, np.float32)
-    scores = np.full(n_kv + TILE, np.nan, np.float32)
+    scratch = np.full(lib.ggml_fasa_cpu_tip_scratch(n_group, n_dim, n_kv) + TILE, np.nan, np.float32)
+    scores = np.full(shapes.pad(n_kv) + TILE, np.nan, np.float32)
     lib.ggml_fasa_cpu_tip(
-        pointer(q, "float *"), n_group, n_dim, pointer(index, "ggml_fp16_t *"), pointer(mask, "void *"),
-        mask.dtype == np.float16, n_kv, pointer(scratch, "float *"), pointer(scores, "float *"), use_ref,
+        pointer(q, "float *"), n_group, n_dim, oracle.INDEX_TYPES.index(index_type), pointer(index, "void *"),
+        pointer(mask, "void *"), mask.dtype == np.float16, n_kv, pointer(scratch, "float *"), pointer(scores, "float *"), use_ref,
     )  # fmt: skip
-    assert np.isnan(scores[n_kv:]).all(), "tip wrote past its scores"
+    assert np.isnan(scores[-TILE:]).all(), "tip wrote past its scores"
     assert np.isnan(scratch[-TILE:]).all(), "tip wrote past its scratch"
     return scores[:n_kv]
 
@@ -33,23 +61,29 @@ def run_select(scores, budget, use_ref):
     ffi, lib = ggml()
     n_out = min(budget, len(scores))
     cells = np.full(n_out + TILE, -7, np.int32)
-    n = lib.ggml_fasa_cpu_select(pointer(scores, "float *"), len(scores), budget, pointer(cells, "int32_t *"), use_ref)
+    scratch = np.full(len(scores) + TILE, 7, np.uint32)
+    n = lib.ggml_fasa_cpu_select(
+        pointer(scores, "float *"), len(scores), budget, pointer(scratch, "uint32_t *"), pointer(cells, "int32_t *"), use_ref
+    )
     assert 0 <= n <= n_out
     assert (cells[n_out:] == -7).all(), "select wrote past its output"
+    assert (scratch[len(scores) :] == 7).all(), "select wrote past its scratch"
     return cells[:n]
 
 
-def run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=None):
+def run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=None, type_k="f16", type_v="f16"):
     """Stage fac through C; k and v are [N, G, D] caches of which head 0 is attended to."""
     ffi, lib = ggml()
-    n_group, d_v = len(q), v.shape[2]
+    n_group, d_k, d_v = len(q), k.shape[2], v.shape[2]
+    (k, _), (v, _) = shapes.stored(k, type_k), shapes.stored(v, type_v)
     out_stride = out_stride or d_v
-    scratch = np.full(lib.ggml_fasa_cpu_fac_scratch(n_group, len(cells), d_v) + TILE, np.nan, np.float32)
+    scratch = np.full(lib.ggml_fasa_cpu_fac_scratch(n_group, len(cells), max(d_k, d_v)) + TILE, np.nan, np.float32)
     out = np.full((n_group, out_stride), np.nan, np.float32)
     lib.ggml_fasa_cpu_fac(
         pointer(q, "float *"), n_group, q.shape[1],
-        pointer(k, "void *"), k.strides[0], pointer(v, "void *"), v.strides[0],
-        k.shape[2], d_v, pointer(cells, "int32_t *"), len(cells), scale, softcap,
+        pointer(k, "void *"), shapes.type_id(type_k), k.strides[0],
+        pointer(v, "void *"), shapes.type_id(type_v), v.strides[0],
+        d_k, d_v, pointer(cells, "int32_t *"), len(cells), scale, softcap,
         pointer(sinks, "float *"), pointer(scratch, "float *"), pointer(out, "float *"), out_stride, use_ref,
     )  # fmt: skip
     assert np.isnan(out[:, d_v:]).all(), "fac wrote between its heads"
@@ -70,75 +104,138 @@ def assert_scores(actual, expected):
 # index_cache
 
 
+INDEX_TYPES = pytest.mark.parametrize("index_type", oracle.INDEX_TYPES)
+
+
+def check_index_write(rng, k, n_dim, index_type, type_k="f16", hadamard=0):
+    """Writes half the cells in some order over an index of rubbish; the oracle must give the same bits."""
+    n_cells, d = k.shape
+    dims = shapes.dims(rng, 1, n_dim, d)
+    cells = rng.permutation(n_cells)[: n_cells // 2]
+    index = oracle.new_index(1, 1, n_cells, n_dim, index_type)
+    index.view(np.uint8)[...] = rng.integers(0, 256, index.view(np.uint8).shape)
+    _, values = shapes.stored(k, type_k)
+    expected = oracle.index_cache(values[None, :, None], cells, index, dims, index_type, hadamard)
+    write_index(k, dims[0], cells, index, index_type, type_k, hadamard)
+    assert np.array_equal(index.view(np.uint8), expected.view(np.uint8)), f"{n_dim} dims"
+
+
+@INDEX_TYPES
 @pytest.mark.parametrize("d", shapes.HEAD_SIZES)
-def test_index_write_copies_the_dims_of_a_row(rng, d):
-    _, lib = ggml()
-    n_cells = 3 * TILE
-    for n_dim in {2, 8, d // 2, d}:
-        dims = shapes.dims(rng, 1, n_dim, d)
-        k = shapes.f16(rng, 1, n_cells, 1, d)
-        cells = rng.permutation(n_cells)[: n_cells // 2]
-        index = np.full((1, 1, n_cells // TILE, n_dim, TILE), NAN16)
-        expected = oracle.index_cache(k, cells, index, dims)
-        for cell in cells:
-            lib.ggml_fasa_cpu_index_write(
-                pointer(k[0, cell, 0], "ggml_fp16_t *"), pointer(dims[0], "int32_t *"), n_dim, int(cell),
-                pointer(index, "ggml_fp16_t *"),
-            )  # fmt: skip
-        assert np.array_equal(index.view(np.uint16), expected.view(np.uint16))
+def test_index_write(rng, d, index_type):
+    for n_dim in {2, 6, 8, d // 2, d - 2, d}:
+        check_index_write(rng, shapes.f16(rng, 3 * TILE, d), n_dim, index_type)
+
+
+@INDEX_TYPES
+def test_index_write_of_extreme_rows(rng, index_type):
+    """Zeros, one value only, denormals, the largest f16, and values that tie for the largest magnitude."""
+    k = shapes.f16(rng, 2 * TILE, 32)
+    k[::6] = 0
+    k[1::6, 1:] = 0
+    k[2::6] *= np.float16(1e-6)
+    k[3::6] = np.float16(65504) * np.sign(k[3::6])
+    k[4::6] = np.float16(0.5) * np.sign(k[4::6])
+    for n_dim in (2, 16, 32):
+        check_index_write(rng, k, n_dim, index_type)
+
+
+@INDEX_TYPES
+@pytest.mark.parametrize("hadamard", [0, 64])
+@pytest.mark.parametrize("type_k", shapes.CACHE_TYPES)
+def test_index_write_from_every_cache_type(rng, type_k, hadamard, index_type):
+    """What is kept is K before its rotation."""
+    for d in (64, 128):
+        check_index_write(rng, shapes.exact_k(rng, 2 * TILE, d), 16, index_type, type_k, hadamard)
+
+
+@pytest.mark.parametrize("hadamard", [2, 32, 128, 256])
+def test_index_write_of_rotations_of_any_size(rng, hadamard):
+    k, dims, cells = shapes.f32(rng, TILE, 256), shapes.dims(rng, 1, 32, 256), np.arange(TILE)
+    index = oracle.new_index(1, 1, TILE, 32)
+    expected = oracle.index_cache(k[None, :, None], cells, index, dims, hadamard=hadamard)
+    write_index(k, dims[0], cells, index, type_k="f32", hadamard=hadamard)
+    assert np.allclose(index, expected, rtol=2**-10, atol=1e-6)
 
 
 # tip
 
 
 @PATHS
-@pytest.mark.parametrize("n_group", shapes.GROUPS)
+@INDEX_TYPES
+@pytest.mark.parametrize("n_group", (*shapes.GROUPS, 8))
 @pytest.mark.parametrize("mask_type", [np.float16, np.float32], ids=["mask_f16", "mask_f32"])
-def test_tip(rng, n_group, mask_type, use_ref):
+def test_tip(rng, n_group, mask_type, index_type, use_ref):
     for n_kv in (1, 2, 31, 32, 33, 63, 65, 255, 997, 4097):
         n_dim = int(rng.choice([2, 4, 6, 8, 16, 24, 32, 34, 64]))
-        index = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE)
+        index = random_index(rng, index_type, n_kv, n_dim)
         q = shapes.f32(rng, n_group, n_dim) * np.float32(rng.choice([0.05, 0.3, 1.0]))
         mask = shapes.mask(rng, n_kv, mask_type)
-        assert_scores(run_tip(q, index, mask, use_ref), oracle.tip(q, index, mask))
+        assert_scores(run_tip(q, index, mask, use_ref, index_type), oracle.tip(q, index, mask, index_type))
 
 
 @PATHS
-@pytest.mark.parametrize("n_dim", range(2, 66, 2))
-def test_tip_every_number_of_dims(rng, n_dim, use_ref):
+@INDEX_TYPES
+@pytest.mark.parametrize("n_dim", [*range(2, 66, 2), 96, 128, 256])
+def test_tip_every_number_of_dims(rng, n_dim, index_type, use_ref):
     n_kv = 200
-    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 3, n_dim)
+    index, q = random_index(rng, index_type, n_kv, n_dim), shapes.f32(rng, 3, n_dim)
+    q[1] = 0
     mask = shapes.mask(rng, n_kv, np.float32)
-    assert_scores(run_tip(q, index, mask, use_ref), oracle.tip(q, index, mask))
+    assert_scores(run_tip(q, index, mask, use_ref, index_type), oracle.tip(q, index, mask, index_type))
+
+
+@pytest.mark.parametrize("index_type", ["q8", "q4"])
+def test_tip_of_integers_at_their_ends(rng, index_type):
+    """The largest integers of one sign in q and index: sums that 16 bits would not hold."""
+    n_kv, n_dim = 64, 256
+    mask = np.zeros(n_kv, np.float32)
+    for byte in (0x00, 0x01, 0xFF):
+        for sign in (-1, 1):
+            index = random_index(rng, index_type, n_kv, n_dim)
+            scales, words = oracle.tile_parts(index)
+            scales[...] = np.linspace(1e-6, 2e-6, n_kv).reshape(scales.shape)
+            words[...] = max(byte, 1) if index_type == "q8" else byte * 0x11 % 256
+            q = np.full((2, n_dim), sign, np.float32)
+            expected = oracle.tip(q, index, mask, index_type)
+            for use_ref in (True, False):
+                assert_scores(run_tip(q, index, mask, use_ref, index_type), expected)
 
 
 @PATHS
-def test_tip_skips_what_hidden_cells_hold(rng, use_ref):
+@INDEX_TYPES
+def test_tip_skips_what_hidden_cells_hold(rng, index_type, use_ref):
     """Stale cells may hold anything: NaN and infinities there change no score."""
     n_kv, n_dim = 300, 16
-    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 4, n_dim)
+    index, q = random_index(rng, index_type, n_kv, n_dim), shapes.f32(rng, 4, n_dim)
     mask = shapes.mask(rng, n_kv, np.float16, hidden=0.5)
     mask[64:160] = -np.inf  # whole tiles, too
-    clean = run_tip(q, index, mask, use_ref)
+    clean = run_tip(q, index, mask, use_ref, index_type)
     stale = np.append(np.flatnonzero(np.isinf(mask)), np.arange(n_kv, shapes.pad(n_kv)))  # and past the end
     for bad in (np.nan, np.inf, -np.inf):
-        index[stale // TILE, :, stale % TILE] = bad
-        assert np.array_equal(run_tip(q, index, mask, use_ref), clean)
-    assert_scores(clean, oracle.tip(q, index, mask))
+        if index_type == "f16":
+            index[stale // TILE, :, stale % TILE] = bad
+        else:
+            scales, words = oracle.tile_parts(index)
+            scales[stale // TILE, stale % TILE] = bad
+            words[stale // TILE, :, stale % TILE] = rng.integers(0, 256)
+        assert np.array_equal(run_tip(q, index, mask, use_ref, index_type), clean)
+    assert_scores(clean, oracle.tip(q, index, mask, index_type))
 
 
 @PATHS
-def test_tip_masks_of_one_kind(rng, use_ref):
+@INDEX_TYPES
+def test_tip_masks_of_one_kind(rng, index_type, use_ref):
     """All hidden, all visible, all forced, and one visible cell only."""
     n_kv, n_dim = 100, 8
-    index, q = shapes.f16(rng, shapes.pad(n_kv) // TILE, n_dim, TILE), shapes.f32(rng, 3, n_dim)
+    index, q = random_index(rng, index_type, n_kv, n_dim), shapes.f32(rng, 3, n_dim)
     for value in (-np.inf, 0.0, -0.0):
         mask = np.full(n_kv, value, np.float32)
-        assert_scores(run_tip(q, index, mask, use_ref), oracle.tip(q, index, mask))
+        assert_scores(run_tip(q, index, mask, use_ref, index_type), oracle.tip(q, index, mask, index_type))
     for cell in (0, 31, 32, 99):
         mask = np.full(n_kv, -np.inf, np.float32)
         mask[cell] = 0.0
-        scores = run_tip(q, index, mask, use_ref)
+        scores = run_tip(q, index, mask, use_ref, index_type)
         assert scores[cell] == pytest.approx(3.0) and np.isneginf(np.delete(scores, cell)).all()
 
 
@@ -166,7 +263,8 @@ def test_tip_of_equal_cells_is_equal(rng, use_ref):
 
 
 @PATHS
-def test_tip_of_equal_cells_among_others_is_equal(rng, use_ref):
+@INDEX_TYPES
+def test_tip_of_equal_cells_among_others_is_equal(rng, index_type, use_ref):
     """The same, where neighbours differ from place to place by many orders of magnitude."""
     n_kv, n_dim = 3000, 8
     rows = shapes.f16(rng, n_kv, n_dim) * rng.uniform(0.1, 4, 6).repeat(500).astype(np.float16)[:, None]
@@ -174,11 +272,11 @@ def test_tip_of_equal_cells_among_others_is_equal(rng, use_ref):
     rows[cells] = rows[cells[0]] * np.float16(0.5)
     index = oracle.index_cache(
         np.concatenate([rows, np.zeros((shapes.pad(n_kv) - n_kv, n_dim), np.float16)])[None, :, None],
-        np.arange(n_kv), oracle.new_index(1, 1, shapes.pad(n_kv), n_dim), np.arange(n_dim)[None],
+        np.arange(n_kv), oracle.new_index(1, 1, shapes.pad(n_kv), n_dim, index_type), np.arange(n_dim)[None], index_type,
     )  # fmt: skip
     for n_group in (1, 3, 4):
         q = shapes.f32(rng, n_group, n_dim)
-        scores = run_tip(q, index[0, 0], np.zeros(n_kv, np.float32), use_ref)[cells]
+        scores = run_tip(q, index[0, 0], np.zeros(n_kv, np.float32), use_ref, index_type)[cells]
         assert scores[0] > 0 and (scores == scores[0]).all()
 
 
@@ -274,6 +372,20 @@ def test_fac(rng, d, n_group, use_ref):
         actual = run_fac(q, k, v, cells, scale, softcap, sinks, use_ref, out_stride=d_v + 8)
         expected = oracle.fac(q, k[:, 0], v[:, 0], cells, scale, softcap, sinks)
         assert tolerances.nmse(actual, expected) <= tolerances.FAC_NMSE, f"cells {n_cells}, d_v {d_v}, cap {softcap}"
+
+
+@PATHS
+@pytest.mark.parametrize("type_v", shapes.CACHE_TYPES)
+@pytest.mark.parametrize("type_k", shapes.CACHE_TYPES)
+def test_fac_of_every_cache_type(rng, type_k, type_v, use_ref):
+    n_kv, d = 200, int(rng.choice([32, 64, 96, 128]))
+    q, k, v = shapes.f32(rng, 4, d), shapes.f32(rng, n_kv, 2, d), shapes.f32(rng, n_kv, 2, d)
+    for n_cells in (1, 63, 64, 65, 150):
+        cells = np.sort(rng.permutation(n_kv)[:n_cells]).astype(np.int32)
+        actual = run_fac(q, k, v, cells, d**-0.5, 0.0, None, use_ref, type_k=type_k, type_v=type_v)
+        (_, k_values), (_, v_values) = shapes.stored(k, type_k), shapes.stored(v, type_v)
+        expected = oracle.fac(q, k_values[:, 0], v_values[:, 0], cells, d**-0.5)
+        assert tolerances.nmse(actual, expected) <= tolerances.FAC_NMSE, f"cells {n_cells}, d {d}"
 
 
 @PATHS

@@ -4,6 +4,15 @@ struct llama_model;
 struct llama_context;
 typedef uint16_t ggml_fp16_t;
 
+// ggml-fasa.h
+
+enum ggml_fasa_index_type {
+    GGML_FASA_INDEX_F16 = 0,
+    GGML_FASA_INDEX_Q8  = 1,
+    GGML_FASA_INDEX_Q4  = 2,
+    GGML_FASA_INDEX_COUNT,
+};
+
 // llama-fasa.h
 
 enum llama_fasa_mode {
@@ -25,6 +34,7 @@ struct llama_fasa_params {
     int32_t n_sink;
     int32_t n_recent;
     int32_t max_batch;
+    int32_t index_type;
 };
 
 struct llama_fasa_info {
@@ -37,6 +47,7 @@ struct llama_fasa_info {
     int32_t  n_sink;
     int32_t  n_recent;
     int32_t  max_batch;
+    int32_t  index_type;
     uint64_t index_bytes;
     uint64_t kv_bytes;
 };
@@ -54,6 +65,8 @@ struct llama_fasa_params llama_fasa_default_params(void);
 int32_t                  llama_fasa_set_params(const struct llama_fasa_params * params);
 struct llama_fasa_params llama_fasa_get_params(void);
 
+int32_t llama_fasa_index_type(const char * name);
+
 int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 
 struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
@@ -70,22 +83,24 @@ const char * llama_fasa_pin(void);
 // ggml-fasa-cpu.h
 
 void ggml_fasa_cpu_index_write(
-        const ggml_fp16_t * k, const int32_t * dims, int64_t n_dim, int64_t cell, ggml_fp16_t * index);
+        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, int64_t n_dim, int64_t cell,
+        int index_type, void * index, float * scratch);
 
-size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_kv);
-size_t ggml_fasa_cpu_fac_scratch(int64_t n_group, int64_t n_cells, int64_t d_v);
+size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_dim, int64_t n_kv);
+size_t ggml_fasa_cpu_fac_scratch(int64_t n_group, int64_t n_cells, int64_t d);
 
 void ggml_fasa_cpu_tip(
-        const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index,
+        const float * q, int64_t n_group, int64_t n_dim, int index_type, const void * index,
         const void * mask, bool mask_f16, int64_t n_kv, float * scratch, float * scores, bool use_ref);
 
 int64_t ggml_fasa_cpu_select(
-        const float * scores, int64_t n_kv, int64_t budget, int32_t * cells, bool use_ref);
+        const float * scores, int64_t n_kv, int64_t budget, uint32_t * scratch, int32_t * cells, bool use_ref);
 
 void ggml_fasa_cpu_fac(
-        const float * q, int64_t n_group, int64_t q_stride, const void * k, size_t k_stride, const void * v, size_t v_stride,
-        int64_t d_k, int64_t d_v, const int32_t * cells, int64_t n_cells, float scale, float softcap,
-        const float * sinks, float * scratch, float * out, int64_t out_stride, bool use_ref);
+        const float * q, int64_t n_group, int64_t q_stride, const void * k, int type_k, size_t k_stride,
+        const void * v, int type_v, size_t v_stride, int64_t d_k, int64_t d_v, const int32_t * cells, int64_t n_cells,
+        float scale, float softcap, const float * sinks, float * scratch, float * out, int64_t out_stride, bool use_ref);
 
 uint64_t ggml_fasa_cpu_n_attn(void);
 uint64_t ggml_fasa_cpu_n_index_write(void);
+uint64_t ggml_fasa_cpu_n_dense(void);

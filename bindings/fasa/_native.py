@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from functools import cache
@@ -28,6 +29,19 @@ def lib_path(name: str) -> Path:
     return lib_dir() / f"lib{name}{'.dylib' if sys.platform == 'darwin' else '.so'}"
 
 
+def backend_dir() -> Path:
+    """The folder of backends that are loaded at run time (FASA_PORTABLE): ``bin`` beside `lib_dir`, or `lib_dir`."""
+    beside = lib_dir().parent / "bin"
+    return beside if beside.is_dir() else lib_dir()
+
+
+def cpu_path() -> Path:
+    """The file of the CPU backend: libggml-cpu, or the one of its variants that suits this CPU best."""
+    plain = lib_path("ggml-cpu")
+    variants = [] if plain.exists() else list(backend_dir().glob(f"{plain.stem}-*{plain.suffix}"))
+    return max(variants, key=lambda path: ctypes.CDLL(str(path)).ggml_backend_score(), default=plain)
+
+
 @cache
 def ffi() -> Any:
     """The cffi instance that knows the declarations of our headers."""
@@ -36,8 +50,7 @@ def ffi() -> Any:
     return instance
 
 
-def _load(name: str, symbol: str) -> Any:
-    path = lib_path(name)
+def _load(path: Path, symbol: str) -> Any:
     if not path.exists():
         raise FasaImportError(f"the library {path} is missing; install fasa with 'pip install .'")
     if sys.platform == "win32":
@@ -53,14 +66,18 @@ def _load(name: str, symbol: str) -> Any:
 
 @cache
 def llama() -> Any:
-    """libllama: the functions of llama-fasa.h."""
-    return _load("llama", "llama_fasa_pin")
+    """libllama: the functions of llama-fasa.h. Backends that are not linked to it are loaded, too."""
+    lib = _load(lib_path("llama"), "llama_fasa_pin")
+    ggml = ctypes.CDLL(str(lib_path("ggml")))
+    if ggml.ggml_backend_reg_count() == 0:  # llama.cpp itself would look for them beside the Python interpreter
+        ggml.ggml_backend_load_all_from_path(os.fsencode(backend_dir()))
+    return lib
 
 
 @cache
 def stages() -> Any:
     """libggml-cpu: the stages of the op, one by one (ggml-fasa-cpu.h)."""
-    return _load("ggml-cpu", "ggml_fasa_cpu_tip")
+    return _load(cpu_path(), "ggml_fasa_cpu_tip")
 
 
 def pin() -> str:

@@ -21,6 +21,7 @@ class FasaParams:
         n_sink: first tokens of a sequence that are always kept; at least 0.
         n_recent: last tokens of a sequence that are always kept, the query's own included; at least 0.
         max_batch: most query rows per sequence that decode sparse; at least 1.
+        index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
     """
 
     mode: Mode = "auto"
@@ -28,6 +29,7 @@ class FasaParams:
     n_sink: int | None = None
     n_recent: int | None = None
     max_batch: int | None = None
+    index_type: str | None = None
 
     def to_c(self) -> Any:
         """A new ``struct llama_fasa_params *``; FasaConfigError for a value that C could take for "not set"."""
@@ -44,7 +46,15 @@ class FasaParams:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
                 raise FasaConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
             setattr(c, name, value)
+        if self.index_type is not None:
+            c.index_type = lib.llama_fasa_index_type(str(self.index_type).encode())
+            if c.index_type < 0:
+                raise FasaConfigError(f"index_type must be 'f16', 'q8' or 'q4', not {self.index_type!r}")
         return c
+
+
+def _index_type_name(value: int) -> str:
+    return str(_native.ffi().typeof("enum ggml_fasa_index_type").elements[value]).rsplit("_", 1)[1].lower()
 
 
 def _from_c(cls: Any, c: Any) -> Any:
@@ -64,6 +74,7 @@ class FasaInfo:
     n_sink: int
     n_recent: int
     max_batch: int
+    index_type: str
     index_bytes: int
     kv_bytes: int
 
@@ -71,6 +82,7 @@ class FasaInfo:
     def from_c(cls, c: Any) -> FasaInfo:
         info: FasaInfo = _from_c(cls, c)
         object.__setattr__(info, "active", bool(info.active))
+        object.__setattr__(info, "index_type", _index_type_name(c.index_type))
         return info
 
 

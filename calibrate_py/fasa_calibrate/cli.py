@@ -13,7 +13,7 @@ from .calibrate import DEFAULT_N_TIP, Options, calibrate, sha256_text
 from .criteria import CRITERIA, Rules
 from .errors import CalibrateError
 from .gguf_file import read_gguf
-from .metadata import PREFIX, fasa_keys
+from .metadata import INDEX_TYPES, PREFIX, fasa_keys
 from .native import load_llama_cpp
 from .observe import Model
 from .write import termination_as_exception, write_keys
@@ -63,6 +63,8 @@ def build_parser():
         help="last tokens that are always kept, stored as a recommendation (default: %(default)s)")
     add("--store-budget", type=integer(1), metavar="N",
         help="store N as the recommended budget, with which the runtime switches FASA on by itself (default: none)")
+    add("--index-type", choices=INDEX_TYPES,
+        help="store this as the recommended type of the index (default: none, the runtime's default)")
     add("--dense-layers", type=integer(0), metavar="N", default=options.dense_layers,
         help="first layers that stay dense (default: %(default)s)")
     add("--seed", type=integer(0, MAX_U32), metavar="N", default=options.seed,
@@ -162,7 +164,7 @@ def _calibrate(args, gguf, rules):
             result = calibrate(model, text, options, args.threads, bar.update)
     if not args.quiet and result.n_tokens < args.n_ctx:
         print(f"used {result.n_tokens} tokens, less than --n-ctx {args.n_ctx}: the text or the model allows no more")
-    keys = fasa_keys(gguf, result, options, text_name, sha256_text(text), args.store_budget)
+    keys = fasa_keys(gguf, result, options, text_name, sha256_text(text), args.store_budget, args.index_type)
     n_tip = {len(heads[0]) for heads in result.fcs.values()}
     note = (
         f"calibrated {len(result.fcs)} of {result.n_layer} layers with {'/'.join(map(str, sorted(n_tip)))} FCs per head"

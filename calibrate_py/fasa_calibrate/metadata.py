@@ -10,13 +10,17 @@ from .gguf_file import ARRAY, STRING
 
 PREFIX = "fasa."
 VERSION = 1
+INDEX_TYPES = ("f16", "q8", "q4")
 U32, I32 = 4, 5
 
 _QK_WEIGHT = re.compile(r"blk\.\d+\.attn_(q|k|qkv)(_norm)?\.(weight|bias)$")
 
 
-def fasa_keys(gguf, calibration, options, text_name, text_sha256, store_budget=None):
-    """[(name, kind, value), ...] in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32)."""
+def fasa_keys(gguf, calibration, options, text_name, text_sha256, store_budget=None, index_type=None):
+    """[(name, kind, value), ...] in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32).
+
+    store_budget, index_type: recommendations to store, None for none
+    """
     layers = range(calibration.n_layer)
     fcs = [calibration.fcs.get(il, []) for il in layers]
     rules = options.rules
@@ -33,6 +37,10 @@ def fasa_keys(gguf, calibration, options, text_name, text_sha256, store_budget=N
     keys += [
         ("n_sink", U32, rules.n_sink),
         ("n_recent", U32, rules.n_recent),
+    ]
+    if index_type is not None:
+        keys.append(("index_type", STRING, index_type))
+    keys += [
         ("calibration.tool", STRING, f"fasa-calibrate {__version__}"),
         ("calibration.criterion", STRING, options.criterion),
         ("calibration.text", STRING, text_name),

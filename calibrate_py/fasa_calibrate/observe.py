@@ -270,7 +270,9 @@ def _silence(llama_cpp):
 class _FasaParams(ctypes.Structure):
     """struct llama_fasa_params; mode 0 is off."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch")]
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type")
+    ]
 
 
 @contextlib.contextmanager
@@ -283,7 +285,9 @@ def _fasa_off(llama_cpp):
         yield
         return
     old = get()
-    put(ctypes.byref(_FasaParams(0, old.budget, old.n_sink, old.n_recent, old.max_batch)))
+    off = _FasaParams.from_buffer_copy(old)
+    off.mode = 0
+    put(ctypes.byref(off))
     try:
         yield
     finally:

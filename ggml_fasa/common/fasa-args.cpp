@@ -51,8 +51,25 @@ static void set_count(common_params &, const std::string & value) {
     apply(fasa);
 }
 
+static void set_index_type(common_params &, const std::string & value) {
+    llama_fasa_params fasa = llama_fasa_get_params();
+    fasa.index_type = llama_fasa_index_type(value.c_str());
+    if (fasa.index_type < 0) {
+        throw std::invalid_argument("expected f16, q8 or q4, got '" + value + "'");
+    }
+    apply(fasa);
+}
+
+static std::string index_type_name(int32_t type) {
+    return ggml_fasa_index_type_name((ggml_fasa_index_type) type);
+}
+
+static std::string with_default(const std::string & help, const std::string & value) {
+    return help + " (default: " + value + ", or what the model's metadata says)";
+}
+
 static std::string with_default(const std::string & help, int32_t value) {
-    return help + " (default: " + std::to_string(value) + ", or what the model's metadata says)";
+    return with_default(help, std::to_string(value));
 }
 
 std::vector<common_arg> fasa_args() {
@@ -80,6 +97,10 @@ std::vector<common_arg> fasa_args() {
         "largest batch per sequence that is decoded sparse, larger ones are dense; set it to the batch size to measure "
         "quality with llama-perplexity (default: " + std::to_string(LLAMA_FASA_MAX_BATCH_DEFAULT) + ")",
         set_count<&llama_fasa_params::max_batch, 1>).set_env("LLAMA_ARG_FASA_MAX_BATCH"));
+    args.push_back(common_arg(
+        {"--fasa-index-type"}, "[f16|q8|q4]",
+        with_default("how FASA's index keeps the dominant dims of K", index_type_name(LLAMA_FASA_INDEX_TYPE_DEFAULT)),
+        set_index_type).set_env("LLAMA_ARG_FASA_INDEX_TYPE"));
     return args;
 }
 
@@ -95,25 +116,41 @@ static std::string count_name(int32_t n, int32_t not_set) {
     return n == not_set ? "not set" : std::to_string(n);
 }
 
-void fasa_bench_args(int & argc, char ** argv) {
+// What llama-bench runs, in turn: every combination of the values given.
+static std::vector<llama_fasa_params> bench_settings;
+static size_t bench_next  = 0;
+static bool   bench_given = false;
+
+// Every setting so far, with each value of a list given to an option. The last option changes slowest.
+static void bench_combine(const common_arg & opt, const std::string & source, const std::string & list) {
     common_params unused;
-    bool given = false;
-
-    auto handle = [&](const common_arg & opt, const char * source, const std::string & value) {
-        try {
-            opt.handler_string(unused, value);
-            given = true;
-        } catch (const std::invalid_argument & e) {
-            fprintf(stderr, "error: %s: %s\n", source, e.what());
-            exit(1);
+    std::vector<llama_fasa_params> combined;
+    for (const std::string & value : string_split<std::string>(list, ',')) {
+        for (const llama_fasa_params & setting : bench_settings) {
+            try {
+                apply(setting);
+                opt.handler_string(unused, value);
+            } catch (const std::invalid_argument & e) {
+                fprintf(stderr, "error: %s: %s\n", source.c_str(), e.what());
+                exit(1);
+            }
+            combined.push_back(llama_fasa_get_params());
         }
-    };
+    }
+    bench_settings = combined;
+    bench_given    = true;
+}
 
+void fasa_bench_args(int & argc, char ** argv) {
+    struct given {
+        std::string source;
+        std::string list;
+    };
     const std::vector<common_arg> opts = fasa_args();
-    for (const common_arg & opt : opts) {
-        std::string value;
-        if (opt.get_value_from_env(value)) {
-            handle(opt, opt.env, value);
+    std::vector<given> found(opts.size());
+    for (size_t i = 0; i < opts.size(); i++) {
+        if (opts[i].get_value_from_env(found[i].list)) {
+            found[i].source = opts[i].env;
         }
     }
 
@@ -130,16 +167,31 @@ void fasa_bench_args(int & argc, char ** argv) {
             fprintf(stderr, "error: %s: expected a value\n", arg.c_str());
             exit(1);
         } else {
-            handle(*opt, arg.c_str(), argv[++i]);
+            found[opt - opts.begin()] = { arg, argv[++i] };
         }
     }
     argc = n_left;
 
-    if (given) {
-        const llama_fasa_params fasa = llama_fasa_get_params();
-        fprintf(stderr, "fasa: mode %s, budget %s, sink %s, recent %s, max batch %s\n", mode_name(fasa.mode),
+    bench_settings = { llama_fasa_get_params() };
+    for (size_t i = 0; i < opts.size(); i++) {
+        if (!found[i].source.empty()) {
+            bench_combine(opts[i], found[i].source, found[i].list);
+        }
+    }
+}
+
+size_t fasa_bench_n_settings() {
+    return bench_settings.size();
+}
+
+void fasa_bench_set_next() {
+    const llama_fasa_params & fasa = bench_settings[bench_next++ % bench_settings.size()];
+    apply(fasa);
+    if (bench_given) {
+        fprintf(stderr, "fasa: mode %s, budget %s, sink %s, recent %s, max batch %s, index type %s\n", mode_name(fasa.mode),
                 count_name(fasa.budget, 0).c_str(), count_name(fasa.n_sink, -1).c_str(),
-                count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str());
+                count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str(),
+                fasa.index_type < 0 ? "not set" : index_type_name(fasa.index_type).c_str());
     }
 }
 
@@ -150,10 +202,11 @@ void fasa_bench_stats(const llama_context * ctx) {
     }
     const llama_fasa_stats stats = llama_fasa_get_stats(ctx);
     fprintf(stderr,
-            "fasa: budget %d, layers %d sparse %d dense, n_tip %d to %d, index %" PRIu64 " bytes, kv %" PRIu64 " bytes, "
+            "fasa: budget %d, layers %d sparse %d dense, n_tip %d to %d, index %s %" PRIu64 " bytes, kv %" PRIu64 " bytes, "
             "steps %" PRIu64 " sparse %" PRIu64 " dense %" PRIu64 " prefill, index rebuilt %" PRIu64 " times\n",
-            info.budget, info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.index_bytes,
-            info.kv_bytes, stats.n_step_sparse, stats.n_step_dense, stats.n_step_prefill, stats.n_index_rebuild);
+            info.budget, info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max,
+            index_type_name(info.index_type).c_str(), info.index_bytes, info.kv_bytes, stats.n_step_sparse,
+            stats.n_step_dense, stats.n_step_prefill, stats.n_index_rebuild);
 }
 
 void fasa_bench_error() {

@@ -17,9 +17,24 @@ struct llama_context;
 // The options, for the list in common/arg.cpp.
 std::vector<common_arg> fasa_args();
 
-// llama-bench has a parser of its own. Applies the environment, takes FASA's options out of argv (argc shrinks) and
-// prints the configuration to stderr if any was given. Prints one sentence and exits with 1 on a bad value.
+// llama-bench has a parser of its own. Takes FASA's options out of argv (argc shrinks), the environment's where argv has
+// none. As with its other options a value may be a list, separated by commas: every combination is a setting to run.
+// Prints one sentence and exits with 1 on a bad value.
 void fasa_bench_args(int & argc, char ** argv);
+
+size_t fasa_bench_n_settings();
+
+// llama-bench's tests, each once per setting, next to each other: those at one depth then share what was decoded for it.
+template <typename T> std::vector<T> fasa_bench_repeat(const std::vector<T> & tests) {
+    std::vector<T> repeated;
+    for (const T & test : tests) {
+        repeated.insert(repeated.end(), fasa_bench_n_settings(), test);
+    }
+    return repeated;
+}
+
+// Puts the next setting in force, in turn, and prints it to stderr if any option was given.
+void fasa_bench_set_next();
 
 // The options as help text, for llama-bench's usage.
 std::string fasa_bench_usage();

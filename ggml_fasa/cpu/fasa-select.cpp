@@ -13,7 +13,7 @@ namespace fasa {
 static uint32_t key_of(float score) {
     uint32_t u;
     memcpy(&u, &score, sizeof(u));
-    return u;
+    return u & 0x7FFFFFFF; // -0.0 is 0.0
 }
 
 static float score_of(uint32_t key) {
@@ -22,23 +22,15 @@ static float score_of(uint32_t key) {
     return f;
 }
 
-// Digits of a non-negative float's 31 bits, most significant first.
-struct digit { int shift; int bits; };
-static constexpr digit DIGITS[] = { { 20, 11 }, { 10, 10 }, { 0, 10 } };
-
-// Calls fn(cell, score) for the cells with score >= bound, in order; whole vectors below the bound are skipped.
+// Calls fn(cell, score) for the cells with score >= bound, in order; whole vectors below the bound cost one comparison.
 template <typename F>
 static void for_each_ge(const float * scores, int64_t n, float bound, F && fn) {
     const vec b = splat(bound);
     int64_t t = 0;
     for (; t + W <= n; t += W) {
-        if (!any_ge(load(scores + t), b)) {
-            continue;
-        }
-        for (int64_t i = t; i < t + W; ++i) {
-            if (scores[i] >= bound) {
-                fn(i, scores[i]);
-            }
+        for (uint32_t bits = ge_bits(load(scores + t), b); bits; bits &= bits - 1) {
+            const int64_t i = t + lowest_bit(bits);
+            fn(i, scores[i]);
         }
     }
     for (; t < n; ++t) {
@@ -48,66 +40,74 @@ static void for_each_ge(const float * scores, int64_t n, float bound, F && fn) {
     }
 }
 
-// A lower bound of the budget-th largest score, from the largest score of every vector: where enough of those reach a
-// value, enough scores do. Only its first digit is found. It lets the passes below skip nearly everything.
+// A lower bound of the budget-th largest score, which keeps nearly all cells out of what follows. Cells are put into
+// units that share no cell; where budget units reach a value, budget scores do. A unit is one lane of a run of vectors.
 static float select_bound(const float * scores, int64_t n_kv, int64_t budget) {
-    const int64_t n_vec = n_kv/W;
-    if (W == 1 || n_vec < budget) {
+    constexpr int64_t UNITS = 2; // wanted for each cell of the budget: more make a tighter bound and take longer
+    constexpr int     SHIFT = 20;
+
+    const int64_t run = n_kv/(UNITS*budget); // vectors, each of W cells of W units
+    if (run < 2) {
         return 0.0f;
     }
 
-    uint32_t count[1 << 11] = { 0 };
-    for (int64_t i = 0; i < n_vec; ++i) {
-        const float top = hmax(load(scores + i*W));
-        if (top >= 0.0f) {
-            count[key_of(top) >> DIGITS[0].shift]++;
+    uint32_t count[1 << (31 - SHIFT)] = { 0 };
+    int64_t n_unit = 0;
+    for (int64_t t = 0; t + run*W <= n_kv; t += run*W) {
+        vec top = load(scores + t);
+        for (int64_t i = 1; i < run; ++i) {
+            top = max(top, load(scores + t + i*W));
+        }
+        float lane[W];
+        store(lane, top);
+        for (float x : lane) {
+            count[key_of(std::max(0.0f, x)) >> SHIFT]++;
+            n_unit++;
         }
     }
-    int64_t need = budget;
-    for (int digit_value = (1 << 11) - 1; digit_value >= 0; --digit_value) {
-        need -= count[digit_value];
-        if (need <= 0) {
-            return score_of((uint32_t) digit_value << DIGITS[0].shift);
-        }
+    if (n_unit < budget) {
+        return 0.0f;
     }
-    return 0.0f;
+
+    uint32_t key = 1 << (31 - SHIFT);
+    for (int64_t need = budget; need > 0;) {
+        need -= count[--key];
+    }
+    return score_of(key << SHIFT);
 }
 
-// Finds the smallest selected score and how many cells with exactly that score fit. False: all visible cells fit.
-static bool select_threshold(const float * scores, int64_t n_kv, int64_t budget, float * threshold, int64_t * n_equal) {
-    uint32_t prefix = 0;      // digits of the threshold found so far
-    int64_t  need   = budget; // cells still to place at or below the prefix
+// Finds the smallest selected score, and how many cells with exactly that score fit, from the keys of the n cells that can
+// be among the best, of which there are more than budget. Overwrites keys.
+static void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float * threshold, int64_t * n_equal) {
+    uint32_t key  = 0;      // digits of the threshold found so far
+    int64_t  need = budget; // cells still to place among those that begin with them
 
-    const float bound = select_bound(scores, n_kv, budget);
-
-    for (const digit & d : DIGITS) {
-        uint32_t count[1 << 11] = { 0 };
-        const uint32_t above = (uint32_t) ((1ull << (d.shift + d.bits)) - 1); // digits after the prefix
-
-        for_each_ge(scores, n_kv, std::max(bound, score_of(prefix)), [&](int64_t, float score) {
-            const uint32_t key = key_of(score);
-            if ((key & ~above) == prefix) {
-                count[(key >> d.shift) & ((1u << d.bits) - 1)]++;
-            }
-        });
-
-        int digit_value = (1 << d.bits) - 1;
-        while (digit_value >= 0 && need > (int64_t) count[digit_value]) {
-            need -= count[digit_value--];
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        uint32_t count[256] = { 0 };
+        for (int64_t i = 0; i < n; ++i) {
+            count[keys[i] >> shift & 255]++;
         }
-        if (digit_value < 0) {
-            return false; // only the first digit can get here: later ones know that their prefix holds enough
+        uint32_t digit = 255;
+        for (; need > (int64_t) count[digit]; --digit) {
+            need -= count[digit];
         }
-        prefix |= (uint32_t) digit_value << d.shift;
+        key |= digit << shift;
+
+        int64_t kept = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t k = keys[i];
+            keys[kept] = k;
+            kept += k >> shift == key >> shift;
+        }
+        n = kept;
     }
 
-    *threshold = score_of(prefix);
+    *threshold = score_of(key);
     *n_equal   = need;
-    return true;
 }
 
 // The oracle of the fast path: bisects over all bit patterns.
-static bool select_threshold_ref(const float * scores, int64_t n_kv, int64_t budget, float * threshold, int64_t * n_equal) {
+static void select_threshold_ref(const float * scores, int64_t n_kv, int64_t budget, float * threshold, int64_t * n_equal) {
     auto count_ge = [&](uint32_t key) {
         int64_t n = 0;
         for (int64_t t = 0; t < n_kv; ++t) {
@@ -119,7 +119,7 @@ static bool select_threshold_ref(const float * scores, int64_t n_kv, int64_t bud
     uint32_t lo = 0;          // count_ge(lo) >= budget
     uint32_t hi = 0x7F800001; // count_ge(hi) <  budget: above +inf
     if (count_ge(lo) < budget) {
-        return false;
+        return; // all visible cells fit
     }
     while (hi - lo > 1) {
         const uint32_t mid = lo + (hi - lo)/2;
@@ -132,23 +132,28 @@ static bool select_threshold_ref(const float * scores, int64_t n_kv, int64_t bud
     }
     *threshold = score_of(lo);
     *n_equal   = budget - greater;
-    return true;
 }
 
 } // namespace fasa
 
-int64_t ggml_fasa_cpu_select(const float * scores, int64_t n_kv, int64_t budget, int32_t * cells, bool use_ref) {
-    float   threshold = 0.0f;
-    int64_t n_equal   = 0;
+int64_t ggml_fasa_cpu_select(
+        const float * scores, int64_t n_kv, int64_t budget, uint32_t * scratch, int32_t * cells, bool use_ref) {
+    float   threshold = 0.0f; // every visible score is >= 0
+    int64_t n_equal   = n_kv;
+    int64_t n         = 0;
 
-    const bool full = use_ref ? fasa::select_threshold_ref(scores, n_kv, budget, &threshold, &n_equal)
-                              : fasa::select_threshold    (scores, n_kv, budget, &threshold, &n_equal);
-    if (!full) {
-        threshold = 0.0f; // every visible score is >= 0
-        n_equal   = n_kv;
+    if (use_ref) {
+        fasa::select_threshold_ref(scores, n_kv, budget, &threshold, &n_equal);
+    } else {
+        fasa::for_each_ge(scores, n_kv, fasa::select_bound(scores, n_kv, budget), [&](int64_t, float score) {
+            scratch[n++] = fasa::key_of(score);
+        });
+        if (n > budget) {
+            fasa::select_threshold(scratch, n, budget, &threshold, &n_equal);
+        }
     }
 
-    int64_t n = 0;
+    n = 0;
     fasa::for_each_ge(scores, n_kv, threshold, [&](int64_t t, float score) {
         if (score > threshold || n_equal-- > 0) {
             cells[n++] = (int32_t) t;

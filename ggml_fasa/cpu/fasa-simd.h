@@ -1,5 +1,8 @@
-// The few vector operations that the FASA kernels need, over the widest float vector the build targets:
-// AVX-512, AVX2 with FMA and F16C, NEON, or one float. Every kernel is written once on top of these.
+// The few vector operations that the FASA kernels need, over the widest vector the build targets: AVX-512, AVX2 with FMA
+// and F16C, NEON, or one float. Every kernel is written once on top of these.
+//
+// ivec holds W int32. dot4 and dot8 add to each the sum of four products of bytes of x and q, q being signed: dot4 of
+// x in 0..15; dot8 of x - 128 + BIAS8, so that what one instruction computes is what is computed.
 
 #pragma once
 
@@ -9,7 +12,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+#if (defined(__AVX512F__) && defined(__AVX512BW__)) || (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 #include <immintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
@@ -17,7 +23,7 @@
 
 namespace fasa {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 
 constexpr int W = 16;
 using vec = __m512;
@@ -34,9 +40,38 @@ inline vec   fma(vec a, vec b, vec c)              { return _mm512_fmadd_ps(a, b
 inline vec   max(vec a, vec b)                     { return _mm512_max_ps(a, b); }
 inline float hsum(vec a)                           { return _mm512_reduce_add_ps(a); }
 inline float hmax(vec a)                           { return _mm512_reduce_max_ps(a); }
-inline bool  any_ge(vec a, vec b)                  { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ) != 0; }
+inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 s  = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE)); // in every 128 bits
+    const __m256 t  = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_castps512_ps256(_mm512_shuffle_f32x4(s, s, 0xEE)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+}
+inline uint32_t ge_bits(vec a, vec b)              { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline vec   round(vec a)                          { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 inline vec   ldexp(vec a, vec n)                   { return _mm512_scalef_ps(a, n); }
+
+using ivec = __m512i;
+
+inline ivec  iload(const void * p)                 { return _mm512_loadu_si512(p); }
+inline ivec  isplat(int32_t x)                     { return _mm512_set1_epi32(x); }
+inline vec   to_float(ivec a)                      { return _mm512_cvtepi32_ps(a); }
+inline ivec  low_nibbles(ivec x)                   { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline ivec  high_nibbles(ivec x)                  { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+#if defined(__AVX512VNNI__)
+constexpr int BIAS8 = 128;
+inline ivec  dot4(ivec acc, ivec x, ivec q)        { return _mm512_dpbusd_epi32(acc, x, q); }
+inline ivec  dot8(ivec acc, ivec x, ivec q)        { return _mm512_dpbusd_epi32(acc, x, q); }
+#else
+constexpr int BIAS8 = 0;
+inline ivec  dot4(ivec acc, ivec x, ivec q) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, q), _mm512_set1_epi16(1)));
+}
+inline ivec  dot8(ivec acc, ivec x, ivec q) { // |x - 128| times q with its sign: pairs fit 16 bits
+    const ivec y = _mm512_xor_si512(x, _mm512_set1_epi8(-128));
+    return dot4(acc, _mm512_abs_epi8(y), _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(y), _mm512_setzero_si512(), q));
+}
+#endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -63,12 +98,38 @@ inline float hmax(vec a) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-inline bool  any_ge(vec a, vec b)                  { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)) != 0; }
+inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); // in both halves
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+inline uint32_t ge_bits(vec a, vec b)              { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 inline vec   round(vec a)                          { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vec   ldexp(vec a, vec n) { // n in [-126, 127]
     const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(a, _mm256_castsi256_ps(e));
 }
+
+using ivec = __m256i;
+
+inline ivec  iload(const void * p)                 { return _mm256_loadu_si256((const __m256i *) p); }
+inline ivec  isplat(int32_t x)                     { return _mm256_set1_epi32(x); }
+inline vec   to_float(ivec a)                      { return _mm256_cvtepi32_ps(a); }
+inline ivec  low_nibbles(ivec x)                   { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline ivec  high_nibbles(ivec x)                  { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+#if defined(__AVXVNNI__)
+constexpr int BIAS8 = 128;
+inline ivec  dot4(ivec acc, ivec x, ivec q)        { return _mm256_dpbusd_avx_epi32(acc, x, q); }
+inline ivec  dot8(ivec acc, ivec x, ivec q)        { return _mm256_dpbusd_avx_epi32(acc, x, q); }
+#else
+constexpr int BIAS8 = 0;
+inline ivec  dot4(ivec acc, ivec x, ivec q) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, q), _mm256_set1_epi16(1)));
+}
+inline ivec  dot8(ivec acc, ivec x, ivec q) { // |x - 128| times q with its sign: pairs fit 16 bits
+    const ivec y = _mm256_xor_si256(x, _mm256_set1_epi8(-128));
+    return dot4(acc, _mm256_abs_epi8(y), _mm256_sign_epi8(q, y));
+}
+#endif
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
@@ -87,11 +148,39 @@ inline vec   fma(vec a, vec b, vec c)              { return vfmaq_f32(c, a, b); 
 inline vec   max(vec a, vec b)                     { return vmaxq_f32(a, b); }
 inline float hsum(vec a)                           { return vaddvq_f32(a); }
 inline float hmax(vec a)                           { return vmaxvq_f32(a); }
-inline bool  any_ge(vec a, vec b)                  { return vmaxvq_u32(vcgeq_f32(a, b)) != 0; }
+inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
+inline uint32_t ge_bits(vec a, vec b) {
+    const uint32_t bit[] = { 1, 2, 4, 8 };
+    return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
+}
 inline vec   round(vec a)                          { return vrndnq_f32(a); }
 inline vec   ldexp(vec a, vec n) { // n in [-126, 127]
     return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)));
 }
+
+using ivec = int32x4_t;
+
+inline ivec  iload(const void * p)                 { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t *) p)); }
+inline ivec  isplat(int32_t x)                     { return vdupq_n_s32(x); }
+inline vec   to_float(ivec a)                      { return vcvtq_f32_s32(a); }
+inline ivec  low_nibbles(ivec x)                   { return vandq_s32(x, vdupq_n_s32(0x0F0F0F0F)); }
+inline ivec  high_nibbles(ivec x)                  { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
+
+constexpr int BIAS8 = 0;
+inline ivec  dot4(ivec acc, ivec x, ivec q) { // of any signed x
+    const int8x16_t a = vreinterpretq_s8_s32(x);
+    const int8x16_t b = vreinterpretq_s8_s32(q);
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(acc, a, b);
+#else
+    const int32x4_t lo = vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)));
+    const int32x4_t hi = vpaddlq_s16(vmull_high_s8(a, b));
+    return vaddq_s32(acc, vpaddq_s32(lo, hi));
+#endif
+}
+inline ivec  dot8(ivec acc, ivec x, ivec q)        { return dot4(acc, veorq_s32(x, vdupq_n_s32(0x80808080)), q); }
 
 #else
 
@@ -110,11 +199,40 @@ inline vec   fma(vec a, vec b, vec c)              { return a*b + c; }
 inline vec   max(vec a, vec b)                     { return a > b ? a : b; }
 inline float hsum(vec a)                           { return a; }
 inline float hmax(vec a)                           { return a; }
-inline bool  any_ge(vec a, vec b)                  { return a >= b; }
+inline void  hsum4(vec a, vec b, vec c, vec d, float * out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
+inline uint32_t ge_bits(vec a, vec b)              { return a >= b; }
 inline vec   round(vec a)                          { return std::nearbyint(a); }
 inline vec   ldexp(vec a, vec n)                   { return std::ldexp(a, (int) n); }
 
+using ivec = int32_t;
+
+inline ivec  iload(const void * p)                 { ivec x; memcpy(&x, p, sizeof(x)); return x; }
+inline ivec  isplat(int32_t x)                     { return x; }
+inline vec   to_float(ivec a)                      { return (float) a; }
+inline ivec  low_nibbles(ivec x)                   { return x & 0x0F0F0F0F; }
+inline ivec  high_nibbles(ivec x)                  { return (x >> 4) & 0x0F0F0F0F; }
+
+constexpr int BIAS8 = 128;
+inline ivec  dot8(ivec acc, ivec x, ivec q) {
+    for (int b = 0; b < 32; b += 8) {
+        acc += (uint8_t) (x >> b)*(int8_t) (q >> b);
+    }
+    return acc;
+}
+inline ivec  dot4(ivec acc, ivec x, ivec q)        { return dot8(acc, x, q); }
+
 #endif
+
+// The number of the lowest bit that is set, of which there must be one.
+inline int lowest_bit(uint32_t bits) {
+#if defined(_MSC_VER) && !defined(__clang__)
+    unsigned long i;
+    _BitScanForward(&i, bits);
+    return (int) i;
+#else
+    return __builtin_ctz(bits);
+#endif
+}
 
 // The power of two nearest e^x, as an exponent.
 inline vec exp2_round(vec x) {

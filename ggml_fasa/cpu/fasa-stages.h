@@ -20,37 +20,87 @@ struct mask_row {
     tile_kind kind(int64_t t0, int64_t n) const;
 };
 
+// Rows of K or V of one head.
+struct cache_rows {
+    const void * data;
+    ggml_type    type;
+    size_t       stride; // bytes from cell to cell
+    int64_t      d;
+
+    const void * row(int64_t cell) const { return (const char *) data + cell*stride; }
+
+    // a row as floats, in scratch [d] unless it is of floats already
+    const float * floats(int64_t cell, float * scratch) const;
+};
+
+// Multiplies x [d] by the orthonormal Walsh-Hadamard matrix of size n, block by block: its own inverse.
+void hadamard(float * x, int64_t d, int64_t n);
+
 // Work is cut into chunks of fixed size, whatever the number of threads, so that every thread count sums in the same
 // order and gives the same bits.
-constexpr int64_t TIP_CHUNK = 512; // cells, a multiple of the tile
-constexpr int64_t FAC_CHUNK = 64;  // selected cells
+constexpr int64_t TIP_CHUNK   = 512; // cells, a multiple of the tile
+constexpr int64_t FAC_CHUNK   = 64;  // selected cells
+constexpr int64_t DENSE_CHUNK = 256; // cells, a multiple of FAC_CHUNK
 
-inline int64_t n_tip_chunk(int64_t n_kv)    { return (n_kv    + TIP_CHUNK - 1)/TIP_CHUNK; }
-inline int64_t n_fac_chunk(int64_t n_cells) { return (n_cells + FAC_CHUNK - 1)/FAC_CHUNK; }
+inline int64_t n_tip_chunk(int64_t n_kv)    { return (n_kv    + TIP_CHUNK   - 1)/TIP_CHUNK; }
+inline int64_t n_fac_chunk(int64_t n_cells) { return (n_cells + FAC_CHUNK   - 1)/FAC_CHUNK; }
+inline int64_t n_dense_chunk(int64_t n_kv)  { return (n_kv    + DENSE_CHUNK - 1)/DENSE_CHUNK; }
+
+// The index of one KV head.
+struct index_plane {
+    ggml_fasa_index_type type;
+    int64_t              n_dim;
+    const void         * data;
+
+    const char * tile(int64_t i) const { return (const char *) data + i*ggml_fasa_tile_size(type, n_dim); }
+};
+
+// 4-byte words of tip's query of one head: n_dim floats for an F16 index; for one of integers the factor (float) that
+// makes S out of d * sum, what the sum starts from (int32), and the q' in fours, zeros beyond n_dim.
+inline int64_t tip_query_size(int64_t n_dim) { return n_dim + 2; }
+
+// Makes tip's queries [n_group][tip_query_size] out of floats [n_group][n_dim] that are multiplied by scale.
+void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, float * query);
 
 // tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, 0 where hidden. peak and total are [n_chunk][n_group]:
 // the power of two nearest the chunk's largest exp(S_h), as an exponent (-inf if it shows no cell), and its sum of
 // weights. Rows of weight are stride floats apart.
 void tip_chunk(
-        const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index, mask_row mask, int64_t n_kv,
-        int64_t chunk, float * weight, int64_t stride, float * peak, float * total);
+        const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
+        float * weight, int64_t stride, float * peak, float * total);
 
-// Once all chunks are done: turns peak into the factors that make weights softmax values, in place.
-void tip_factors(int64_t n_group, int64_t n_chunk, float * peak, const float * total);
+// Once all chunks are done: the factors [n_chunk][n_group] that make weights softmax values.
+void tip_factors(int64_t n_group, int64_t n_chunk, const float * peak, const float * total, float * factor);
 
-// scores[t] = sum_h factor * weight[h][t], -inf where hidden, +inf where forced.
+// One chunk of scores[t] = sum_h factor * weight[h][t], -inf where hidden, +inf where forced. Writes whole tiles.
 void tip_combine(
         const float * weight, int64_t stride, int64_t n_group, const float * factor, mask_row mask, int64_t n_kv,
-        float * scores);
+        int64_t chunk, float * scores);
 
-// Attention over one chunk of selected cells, before division by the softmax sum. part is [n_chunk][n_group][d_v + 2]: for
-// each head sum_t p * v, then the largest logit, then the sum of p. logits: scratch [n_group][FAC_CHUNK].
-void fac_chunk(
-        const float * q, int64_t n_group, int64_t q_stride, const void * k, size_t k_stride, const void * v, size_t v_stride,
-        int64_t d_k, int64_t d_v, const int32_t * cells, int64_t n_cells, float scale, float softcap,
-        int64_t chunk, float * logits, float * part);
+// What fac reads for one KV group and one query row.
+struct fac_input {
+    const float * q;        // [n_group][d_k]
+    int64_t       n_group;
+    int64_t       q_stride; // floats from head to head
+    cache_rows    k;
+    cache_rows    v;
+    float         scale;
+    float         softcap;
+};
 
-// Once all chunks are done: attention output of one head, out[d_v]. sink: the head's attention sink or NULL.
+// A part of attention before division by the softmax sum, [n_group][d_v + 2]: for each head sum_t p * v, then the largest
+// logit (-inf if there is no cell), then the sum of p.
+inline int64_t fac_part_size(const fac_input & in) { return in.n_group*(in.v.d + 2); }
+
+// Floats of scratch that one thread needs for the two below.
+inline int64_t fac_thread_scratch(int64_t n_group, int64_t d) { return (n_group + d)*FAC_CHUNK; }
+
+// Attention over one chunk of the selected cells, and over one chunk of all visible cells.
+void fac_chunk  (const fac_input & in, const int32_t * cells, int64_t n_cells, int64_t chunk, float * scratch, float * part);
+void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chunk, float * scratch, float * part);
+
+// Once all chunks are done: attention output of one head, out[d_v]. part: [n_chunk] parts; sink: the head's attention sink
+// or NULL.
 void fac_merge(const float * part, int64_t n_group, int64_t d_v, int64_t n_chunk, int64_t head, const float * sink, float * out);
 
 } // namespace fasa

@@ -4,6 +4,7 @@
 #include "fasa-stages.h"
 
 #include <algorithm>
+#include <cfloat>
 
 namespace fasa {
 
@@ -27,33 +28,44 @@ bool mask_row::forced(int64_t t) const {
     return f16 ? ((const uint16_t *) data)[t] == F16_NEG0 : bits32(data, t) == F32_NEG0;
 }
 
+// Whether a tile's worth of mask bits is zero throughout.
+template <typename T>
+static bool all_zero(const void * data, int64_t t0) {
+    uint64_t any = 0;
+    for (size_t i = 0; i < TILE*sizeof(T); i += sizeof(uint64_t)) {
+        uint64_t word;
+        memcpy(&word, (const char *) data + t0*sizeof(T) + i, sizeof(word));
+        any |= word;
+    }
+    return any == 0;
+}
+
 mask_row::tile_kind mask_row::kind(int64_t t0, int64_t n) const {
+    // nearly every tile is plain: see to that first
+    if (n == TILE && (f16 ? all_zero<uint16_t>(data, t0) : all_zero<float>(data, t0))) {
+        return ALL_PLAIN;
+    }
     bool plain = true;
     bool hide  = true;
-    if (f16) {
-        const uint16_t * m = (const uint16_t *) data + t0;
-        for (int64_t i = 0; i < n; ++i) {
-            plain &= m[i] == 0;
-            hide  &= m[i] == F16_NINF;
-        }
-    } else {
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t m = bits32(data, t0 + i);
-            plain &= m == 0;
-            hide  &= m == F32_NINF;
-        }
+    for (int64_t t = t0; t < t0 + n; ++t) {
+        plain &= !hidden(t) && !forced(t);
+        hide  &=  hidden(t);
     }
     return plain ? ALL_PLAIN : hide ? ALL_HIDDEN : MIXED;
 }
 
-// Scores one tile for NH heads: out[h][0..TILE) = sum_j q[h][j] * tile[j][0..TILE).
-template <int NH>
-static void tip_tile(const float * q, int64_t n_dim, const ggml_fp16_t * tile, float * out, int64_t stride) {
-    constexpr int NV = 2;                       // vectors of cells per pass: NH * NV accumulators stay in registers
-    constexpr int CELLS = NV*W;
-    static_assert(TILE % CELLS == 0, "a tile is a whole number of passes");
+// Heads that one pass over a tile serves: their accumulators stay in registers.
+static constexpr int MAX_HEADS = 4;
+static constexpr int NV        = 2; // vectors of cells per pass
 
-    for (int64_t c = 0; c < TILE; c += CELLS) {
+static_assert(TILE % (NV*W) == 0, "a tile is a whole number of passes");
+
+// Scores one tile for NH heads: out[h][0..TILE) = S_h. query is as tip_query makes it.
+template <int NH>
+static void tip_tile_f16(const float * query, int64_t n_dim, const char * tile, float * out, int64_t stride) {
+    const int64_t size = tip_query_size(n_dim);
+
+    for (int64_t c = 0; c < TILE; c += NV*W) {
         vec acc[NH][NV];
         for (int h = 0; h < NH; ++h) {
             for (int i = 0; i < NV; ++i) {
@@ -63,10 +75,10 @@ static void tip_tile(const float * q, int64_t n_dim, const ggml_fp16_t * tile, f
         for (int64_t j = 0; j < n_dim; ++j) {
             vec k[NV];
             for (int i = 0; i < NV; ++i) {
-                k[i] = load(tile + j*TILE + c + i*W);
+                k[i] = load((const ggml_fp16_t *) tile + j*TILE + c + i*W);
             }
             for (int h = 0; h < NH; ++h) {
-                const vec qj = splat(q[h*n_dim + j]);
+                const vec qj = splat(query[h*size + j]);
                 for (int i = 0; i < NV; ++i) {
                     acc[h][i] = fma(qj, k[i], acc[h][i]);
                 }
@@ -80,23 +92,107 @@ static void tip_tile(const float * q, int64_t n_dim, const ggml_fp16_t * tile, f
     }
 }
 
-static void tip_tile_heads(
-        const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * tile, float * out, int64_t stride) {
-    int64_t h = 0;
-    for (; h + 4 <= n_group; h += 4) {
-        tip_tile<4>(q + h*n_dim, n_dim, tile, out + h*stride, stride);
+// The same for an index of integers. Their sums are exact, so every instruction set gives the same S.
+template <int NH, ggml_fasa_index_type TYPE>
+static void tip_tile_int(const float * query, int64_t n_dim, const char * tile, float * out, int64_t stride) {
+    constexpr int64_t PER_WORD = TYPE == GGML_FASA_INDEX_Q8 ? 4 : 8;
+
+    const int64_t   size   = tip_query_size(n_dim);
+    const int64_t   n_word = (n_dim + PER_WORD - 1)/PER_WORD;
+    const int32_t * iquery = (const int32_t *) query;
+    const char    * words  = tile + TILE*sizeof(ggml_fp16_t);
+
+    for (int64_t c = 0; c < TILE; c += NV*W) {
+        ivec acc[NH][NV];
+        for (int h = 0; h < NH; ++h) {
+            for (int i = 0; i < NV; ++i) {
+                acc[h][i] = isplat(iquery[h*size + 1]);
+            }
+        }
+        for (int64_t w = 0; w < n_word; ++w) {
+            ivec x[NV];
+            for (int i = 0; i < NV; ++i) {
+                x[i] = iload(words + (w*TILE + c + i*W)*4);
+            }
+            for (int h = 0; h < NH; ++h) {
+                const int32_t * q = iquery + h*size + 2;
+                for (int i = 0; i < NV; ++i) {
+                    if (TYPE == GGML_FASA_INDEX_Q8) {
+                        acc[h][i] = dot8(acc[h][i], x[i], isplat(q[w]));
+                    } else {
+                        acc[h][i] = dot4(acc[h][i], low_nibbles (x[i]), isplat(q[2*w + 0]));
+                        acc[h][i] = dot4(acc[h][i], high_nibbles(x[i]), isplat(q[2*w + 1]));
+                    }
+                }
+            }
+        }
+        for (int i = 0; i < NV; ++i) {
+            const vec d = load((const ggml_fp16_t *) tile + c + i*W);
+            for (int h = 0; h < NH; ++h) {
+                store(out + h*stride + c + i*W, mul(mul(splat(query[h*size]), d), to_float(acc[h][i])));
+            }
+        }
     }
-    switch (n_group - h) {
-        case 3: tip_tile<3>(q + h*n_dim, n_dim, tile, out + h*stride, stride); break;
-        case 2: tip_tile<2>(q + h*n_dim, n_dim, tile, out + h*stride, stride); break;
-        case 1: tip_tile<1>(q + h*n_dim, n_dim, tile, out + h*stride, stride); break;
-        default: break;
+}
+
+template <int NH>
+static void tip_tile(
+        const float * query, int64_t n_dim, ggml_fasa_index_type type, const char * tile, float * out, int64_t stride) {
+    switch (type) {
+        case GGML_FASA_INDEX_Q8: tip_tile_int<NH, GGML_FASA_INDEX_Q8>(query, n_dim, tile, out, stride); break;
+        case GGML_FASA_INDEX_Q4: tip_tile_int<NH, GGML_FASA_INDEX_Q4>(query, n_dim, tile, out, stride); break;
+        default:                 tip_tile_f16<NH>(query, n_dim, tile, out, stride); break;
+    }
+}
+
+static void tip_tile_heads(
+        const float * query, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, const char * tile,
+        float * out, int64_t stride) {
+    for (int64_t h = 0; h < n_group; h += MAX_HEADS) {
+        const float * q = query + h*tip_query_size(n_dim);
+        switch (std::min<int64_t>(n_group - h, MAX_HEADS)) {
+            case 4: tip_tile<4>(q, n_dim, type, tile, out + h*stride, stride); break;
+            case 3: tip_tile<3>(q, n_dim, type, tile, out + h*stride, stride); break;
+            case 2: tip_tile<2>(q, n_dim, type, tile, out + h*stride, stride); break;
+            case 1: tip_tile<1>(q, n_dim, type, tile, out + h*stride, stride); break;
+        }
+    }
+}
+
+// The integers of one head's query; see ggml_fasa_attn. Returns the factor m/127.
+static float query_integers(const float * q, int64_t n_dim, int8_t * integers) {
+    float m = 0.0f;
+    for (int64_t j = 0; j < n_dim; ++j) {
+        m = std::max(m, fabsf(q[j]));
+    }
+    const float inverse = m < FLT_MIN ? 0.0f : 127.0f/m;
+    for (int64_t j = 0; j < n_dim; ++j) {
+        integers[j] = (int8_t) rintf(q[j]*inverse);
+    }
+    return m/127.0f;
+}
+
+void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, float * query) {
+    for (int64_t h = 0; h < n_group; ++h, q += n_dim, query += tip_query_size(n_dim)) {
+        if (type == GGML_FASA_INDEX_F16) {
+            std::copy(q, q + n_dim, query);
+            continue;
+        }
+        int8_t * integers = (int8_t *) (query + 2);
+        memset(integers, 0, n_dim*sizeof(float));
+        query[0] = query_integers(q, n_dim, integers);
+
+        int32_t sum = 0;
+        for (int64_t j = 0; j < n_dim; ++j) {
+            sum += integers[j];
+        }
+        ((int32_t *) query)[1] = -sum*(type == GGML_FASA_INDEX_Q8 ? BIAS8 : 8);
     }
 }
 
 void tip_chunk(
-        const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index, mask_row mask, int64_t n_kv,
-        int64_t chunk, float * weight, int64_t stride, float * peak, float * total) {
+        const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
+        float * weight, int64_t stride, float * peak, float * total) {
     const int64_t t0 = chunk*TIP_CHUNK;
     const int64_t t1 = std::min(n_kv, t0 + TIP_CHUNK);
     const int64_t te = t0 + GGML_PAD(t1 - t0, TILE);
@@ -106,7 +202,7 @@ void tip_chunk(
 
         const mask_row::tile_kind kind = mask.kind(t, n);
         if (kind != mask_row::ALL_HIDDEN) {
-            tip_tile_heads(q, n_group, n_dim, index + t*n_dim, weight + t, stride);
+            tip_tile_heads(query, n_group, index.n_dim, index.type, index.tile(t/TILE), weight + t, stride);
         }
         if (kind != mask_row::ALL_PLAIN || n < TILE) {
             // hidden cells are overwritten, never added to: a stale index row may hold NaN
@@ -147,7 +243,7 @@ void tip_chunk(
     }
 }
 
-void tip_factors(int64_t n_group, int64_t n_chunk, float * peak, const float * total) {
+void tip_factors(int64_t n_group, int64_t n_chunk, const float * peak, const float * total, float * factor) {
     for (int64_t h = 0; h < n_group; ++h) {
         float top = -INFINITY;
         for (int64_t c = 0; c < n_chunk; ++c) {
@@ -155,67 +251,89 @@ void tip_factors(int64_t n_group, int64_t n_chunk, float * peak, const float * t
         }
         float sum = 0.0f;
         for (int64_t c = 0; c < n_chunk; ++c) {
-            float & p = peak[c*n_group + h];
-            p    = p > -INFINITY ? ldexpf(1.0f, (int) (p - top)) : 0.0f;
-            sum += p*total[c*n_group + h];
+            const float p = peak[c*n_group + h];
+            const float f = p > -INFINITY ? ldexpf(1.0f, (int) (p - top)) : 0.0f;
+            factor[c*n_group + h] = f;
+            sum += f*total[c*n_group + h];
         }
         for (int64_t c = 0; c < n_chunk; ++c) {
-            float & p = peak[c*n_group + h];
-            p = sum > 0.0f ? p/sum : 0.0f;
+            factor[c*n_group + h] = sum > 0.0f ? factor[c*n_group + h]/sum : 0.0f;
         }
     }
 }
 
 void tip_combine(
         const float * weight, int64_t stride, int64_t n_group, const float * factor, mask_row mask, int64_t n_kv,
-        float * scores) {
-    for (int64_t t = 0; t < n_kv; t += TILE) {
-        const int64_t n = std::min(TILE, n_kv - t);
-        const float * f = factor + (t/TIP_CHUNK)*n_group;
+        int64_t chunk, float * scores) {
+    const float * f  = factor + chunk*n_group;
+    const int64_t t1 = std::min(n_kv, (chunk + 1)*TIP_CHUNK);
 
-        float tile[TILE];
-        for (int64_t i = 0; i < TILE; i += W) {
+    for (int64_t t = chunk*TIP_CHUNK; t < t1; t += TILE) {
+        const int64_t n = std::min(TILE, t1 - t);
+
+        for (int64_t i = t; i < t + TILE; i += W) {
             vec s = zero();
             for (int64_t h = 0; h < n_group; ++h) {
-                s = fma(splat(f[h]), load(weight + h*stride + t + i), s);
+                s = fma(splat(f[h]), load(weight + h*stride + i), s);
             }
-            store(tile + i, s);
+            store(scores + i, s);
         }
         if (mask.kind(t, n) != mask_row::ALL_PLAIN) {
-            for (int64_t i = 0; i < n; ++i) {
-                if (mask.hidden(t + i)) {
-                    tile[i] = -INFINITY;
-                } else if (mask.forced(t + i)) {
-                    tile[i] = INFINITY;
+            for (int64_t i = t; i < t + n; ++i) {
+                if (mask.hidden(i)) {
+                    scores[i] = -INFINITY;
+                } else if (mask.forced(i)) {
+                    scores[i] = INFINITY;
                 }
             }
         }
-        memcpy(scores + t, tile, n*sizeof(float));
     }
 }
 
-// The oracle of the fast path: one cell and one head at a time.
+// The oracle of the fast path: one cell, one head and one value at a time. query as tip_query makes it, except that
+// q' are floats here.
+static float tip_score_ref(const float * q, float factor, const index_plane & index, int64_t cell) {
+    const int64_t n_dim = index.n_dim;
+    const char  * tile  = index.tile(cell/TILE);
+    cell %= TILE;
+
+    if (index.type == GGML_FASA_INDEX_F16) {
+        double s = 0.0;
+        for (int64_t j = 0; j < n_dim; ++j) {
+            s += (double) q[j]*ggml_fp16_to_fp32(((const ggml_fp16_t *) tile)[j*TILE + cell]);
+        }
+        return (float) s;
+    }
+
+    const int8_t  * integers = (const int8_t *) q;
+    const uint8_t * words    = (const uint8_t *) tile + TILE*sizeof(ggml_fp16_t);
+    int32_t sum = 0;
+    for (int64_t j = 0; j < n_dim; ++j) {
+        const int x = index.type == GGML_FASA_INDEX_Q8
+            ? words[(j/4*TILE + cell)*4 + j%4] - 128
+            : (words[(j/8*TILE + cell)*4 + j%4] >> (j%8/4*4) & 15) - 8;
+        sum += integers[j]*x;
+    }
+    return factor*ggml_fp16_to_fp32(((const ggml_fp16_t *) tile)[cell])*(float) sum;
+}
+
 static void tip_ref(
-        const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index, mask_row mask,
-        int64_t n_kv, float * weight, int64_t stride, float * scores) {
+        const float * q, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv,
+        float * query, float * w, float * scores) {
     for (int64_t t = 0; t < n_kv; ++t) {
         scores[t] = mask.hidden(t) ? -INFINITY : mask.forced(t) ? INFINITY : 0.0f;
     }
 
-    for (int64_t h = 0; h < n_group; ++h) {
-        float * w = weight + h*stride;
+    for (int64_t h = 0; h < n_group; ++h, q += index.n_dim) {
+        const bool  ints   = index.type != GGML_FASA_INDEX_F16;
+        const float factor = ints ? query_integers(q, index.n_dim, (int8_t *) query) : 1.0f;
 
         float peak = -INFINITY;
         for (int64_t t = 0; t < n_kv; ++t) {
-            if (mask.hidden(t)) {
-                continue;
+            if (!mask.hidden(t)) {
+                w[t] = tip_score_ref(ints ? query : q, factor, index, t);
+                peak = std::max(peak, w[t]);
             }
-            double s = 0.0;
-            for (int64_t j = 0; j < n_dim; ++j) {
-                s += (double) q[h*n_dim + j]*ggml_fp16_to_fp32(index[((t/TILE)*n_dim + j)*TILE + t % TILE]);
-            }
-            w[t] = (float) s;
-            peak = std::max(peak, w[t]);
         }
 
         double total = 0.0;
@@ -235,27 +353,34 @@ static void tip_ref(
 
 } // namespace fasa
 
-size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_kv) {
-    return n_group*(GGML_PAD(n_kv, GGML_FASA_TILE) + 2*fasa::n_tip_chunk(n_kv));
+size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_dim, int64_t n_kv) {
+    return n_group*(fasa::tip_query_size(n_dim) + GGML_PAD(n_kv, GGML_FASA_TILE) + 3*fasa::n_tip_chunk(n_kv));
 }
 
 void ggml_fasa_cpu_tip(
-        const float * q, int64_t n_group, int64_t n_dim, const ggml_fp16_t * index,
+        const float * q, int64_t n_group, int64_t n_dim, int index_type, const void * index,
         const void * mask, bool mask_f16, int64_t n_kv, float * scratch, float * scores, bool use_ref) {
-    const fasa::mask_row row     = { mask, mask_f16 };
-    const int64_t        stride  = GGML_PAD(n_kv, GGML_FASA_TILE);
-    const int64_t        n_chunk = fasa::n_tip_chunk(n_kv);
+    const fasa::index_plane plane   = { (ggml_fasa_index_type) index_type, n_dim, index };
+    const fasa::mask_row    row     = { mask, mask_f16 };
+    const int64_t           stride  = GGML_PAD(n_kv, GGML_FASA_TILE);
+    const int64_t           n_chunk = fasa::n_tip_chunk(n_kv);
 
+    float * weight = scratch;
+    float * query  = weight + n_group*stride;
     if (use_ref) {
-        fasa::tip_ref(q, n_group, n_dim, index, row, n_kv, scratch, stride, scores);
+        fasa::tip_ref(q, n_group, plane, row, n_kv, query, weight, scores);
         return;
     }
 
-    float * peak  = scratch + n_group*stride;
-    float * total = peak + n_group*n_chunk;
+    float * peak   = query + n_group*fasa::tip_query_size(n_dim);
+    float * total  = peak  + n_group*n_chunk;
+    float * factor = total + n_group*n_chunk;
+    fasa::tip_query(q, n_group, n_dim, plane.type, query);
     for (int64_t c = 0; c < n_chunk; ++c) {
-        fasa::tip_chunk(q, n_group, n_dim, index, row, n_kv, c, scratch, stride, peak, total);
+        fasa::tip_chunk(query, n_group, plane, row, n_kv, c, weight, stride, peak, total);
     }
-    fasa::tip_factors(n_group, n_chunk, peak, total);
-    fasa::tip_combine(scratch, stride, n_group, peak, row, n_kv, scores);
+    fasa::tip_factors(n_group, n_chunk, peak, total, factor);
+    for (int64_t c = 0; c < n_chunk; ++c) {
+        fasa::tip_combine(weight, stride, n_group, factor, row, n_kv, c, scores);
+    }
 }

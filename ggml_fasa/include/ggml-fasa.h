@@ -1,10 +1,11 @@
 // ggml-fasa: the graph op GGML_OP_FASA_ATTN and its stages.
 //
 // FASA (arXiv 2602.03152) lets each query attend to a few hundred cached tokens, picked anew for every query
-// by a handful of rotary frequency chunks (FCs). One enum value carries two modes:
+// by a handful of rotary frequency chunks (FCs). One enum value carries three modes:
 //
 //   index_write : K rows -> index cache      (the dominant dims of K, the only thing tip reads)
 //   attn        : tip -> select -> fac       (score, choose, attend)
+//   dense       : fac over every cell        (for layers without FCs, on backends where it beats flash attention)
 //
 // Letters used below: D head size of K, DV head size of V, H query heads, G KV heads, R = H/G,
 // T tokens (query rows) of one stream, N cells of the KV cache seen by the graph, S streams,
@@ -24,17 +25,28 @@ extern "C" {
 enum ggml_fasa_mode {
     GGML_FASA_MODE_ATTN        = 0,
     GGML_FASA_MODE_INDEX_WRITE = 1,
+    GGML_FASA_MODE_DENSE       = 2,
+};
+
+// How the index keeps a value: F16; or an integer of 8 or 4 bits, with one F16 scale for the J values of a cell.
+enum ggml_fasa_index_type {
+    GGML_FASA_INDEX_F16 = 0,
+    GGML_FASA_INDEX_Q8  = 1,
+    GGML_FASA_INDEX_Q4  = 2,
+    GGML_FASA_INDEX_COUNT,
 };
 
 // op_params of GGML_OP_FASA_ATTN, as int32 slots; scale and softcap hold float bits.
 enum ggml_fasa_op_param {
-    GGML_FASA_OP_PARAM_MODE    = 0,
-    GGML_FASA_OP_PARAM_SCALE   = 1,
-    GGML_FASA_OP_PARAM_SOFTCAP = 2,
-    GGML_FASA_OP_PARAM_BUDGET  = 3,
+    GGML_FASA_OP_PARAM_MODE       = 0,
+    GGML_FASA_OP_PARAM_SCALE      = 1,
+    GGML_FASA_OP_PARAM_SOFTCAP    = 2,
+    GGML_FASA_OP_PARAM_BUDGET     = 3,
+    GGML_FASA_OP_PARAM_INDEX_TYPE = 4,
+    GGML_FASA_OP_PARAM_HADAMARD   = 5,
 };
 
-// Sources of the two modes.
+// Sources of the modes; dense has the first five of attn.
 enum ggml_fasa_attn_src {
     GGML_FASA_SRC_Q     = 0,
     GGML_FASA_SRC_K     = 1,
@@ -52,57 +64,96 @@ enum ggml_fasa_index_write_src {
     GGML_FASA_WRITE_SRC_DIMS   = 3,
 };
 
-// The index cache of one layer: F16 [TILE * J, n_cells / TILE, G, S], contiguous.
-// The value of dim j of cell c of head g in stream s is element ((c / TILE) * J + j) * TILE + c % TILE of the
-// plane (g, s): within a tile a dim's values for TILE neighbouring cells lie side by side, so that tip scores
-// TILE cells with one broadcast of q[j] and no horizontal sum.
+// The index cache of one layer: [tile size, n_cells / TILE, G, S], contiguous. A plane (g, s) is a row of tiles, and
+// a tile holds TILE neighbouring cells dim by dim, so that tip scores many cells at once and never sums across lanes.
+//
+//   F16     : tensor of F16, a tile is [J][TILE] values.
+//   Q8, Q4  : tensor of I8. A tile is TILE scales d (F16), then [W][TILE] words of 32 bits (little-endian) with
+//             W = ceil(J/4) for Q8 and ceil(J/8) for Q4. Value j of a cell is d * (x - 128) in Q8, where x is byte j%4 of
+//             word j/4, and d * (x - 8) in Q4, where x is the low (j%8 < 4) or high nibble of byte j%4 of word j/8.
+//             Bits beyond J are zero. The scale and the integers of K values k_j, in float:
+//               Q8 : d = F16(max |k_j| / 127),  x = clamp(rint(k_j * (1/d)), -127, 127) + 128
+//               Q4 : d = F16(k_m / -8) with k_m the first k_j of largest magnitude,  x = clamp(rint(k_j * (1/d)), -8, 7) + 8
+//             and x = 128 or 8 throughout where d is 0.
+//
 // n_cells must be a multiple of TILE; n_dim (J) must be even and positive.
 GGML_API struct ggml_tensor * ggml_fasa_new_index(
-        struct ggml_context * ctx,
-        int64_t               n_dim,
-        int64_t               n_cells,
-        int64_t               n_head_kv,
-        int64_t               n_stream);
+        struct ggml_context     * ctx,
+        enum ggml_fasa_index_type type,
+        int64_t                   n_dim,
+        int64_t                   n_cells,
+        int64_t                   n_head_kv,
+        int64_t                   n_stream);
 
-// Stage index_cache: copies dims of K rows into the index. Returns a view of index.
-//   k     : F16 [D * G, n_cells, S] or [D * G, n_cells * S]  the K cache of the layer, rows of all its heads
-//   cells : I64 [n]                  global cell ids (stream * n_cells + cell), the rows to copy
-//   index : see ggml_fasa_new_index
-//   dims  : I32 [J, G]               dims of a head, each in [0, D)
+// Bytes of a tile, a multiple of 64.
+GGML_API size_t ggml_fasa_tile_size(enum ggml_fasa_index_type type, int64_t n_dim);
+
+// "f16", "q8", "q4"; NULL if there is no such type.
+GGML_API const char * ggml_fasa_index_type_name(enum ggml_fasa_index_type type);
+
+// Stage index_cache: puts dims of K rows into the index. Returns a view of index.
+//   k        : [D * G, n_cells, S] or [D * G, n_cells * S]  the K cache of the layer, rows of all its heads; F16, BF16, F32
+//              or a quantised type whose blocks divide D
+//   cells    : I64 [n]                  global cell ids (stream * n_cells + cell), the rows to index
+//   index    : see ggml_fasa_new_index, of type index_type
+//   dims     : I32 [J, G]               dims of a head, each in [0, D)
+//   hadamard : 0, or the size (a power of two that divides D) of the orthonormal Walsh-Hadamard blocks by which the
+//              cached K is rotated; the index is taken from K before that rotation
 GGML_API struct ggml_tensor * ggml_fasa_index_write(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * cells,
-        struct ggml_tensor  * index,
-        struct ggml_tensor  * dims);
+        struct ggml_context     * ctx,
+        struct ggml_tensor      * k,
+        struct ggml_tensor      * cells,
+        struct ggml_tensor      * index,
+        struct ggml_tensor      * dims,
+        enum ggml_fasa_index_type index_type,
+        int32_t                   hadamard);
 
 // Stages tip -> select -> fac. Returns F32 [DV, H, T, S].
-//   q     : F32 [D, T, H, S]         after RoPE
-//   k     : F16 [D, N, G, S]         view of the K cache, rows contiguous
-//   v     : F16 [DV, N, G, S]        view of the V cache, not transposed
-//   mask  : F16 or F32 [N, T, 1, S]  0 = visible, -0.0 (sign bit set) = visible and always selected, -inf = hidden
-//   sinks : F32 [H] or NULL          attention sinks: one more logit per head in the softmax denominator
-//   index : the layer's index cache, all its cells and the streams that k shows (F16 [TILE * J, >= N / TILE, G, S])
-//   dims  : I32 [J, G]
-//   scale : factor on q.k; softcap : 0, or c in c * tanh(q.k * scale / c)
-//   budget: cells a KV group keeps for a query row; all visible cells when there are no more than budget
+//   q        : F32 [D, T, H, S]         after RoPE, and rotated like K if hadamard is not 0
+//   k        : [D, N, G, S]             view of the K cache, of a type that ggml_fasa_index_write takes
+//   v        : [DV, N, G, S]            view of the V cache, not transposed; the same types
+//   mask     : F16 or F32 [N, T, 1, S]  0 = visible, -0.0 (sign bit set) = visible and always selected, -inf = hidden
+//   sinks    : F32 [H] or NULL          attention sinks: one more logit per head in the softmax denominator
+//   index    : the layer's index cache, all its cells and the streams that k shows ([tile size, >= N / TILE, G, S])
+//   dims     : I32 [J, G]
+//   scale    : factor on q.k; softcap : 0, or c in c * tanh(q.k * scale / c)
+//   budget   : cells a KV group keeps for a query row; all visible cells when there are no more than budget
+//   hadamard : as for ggml_fasa_index_write
 //
 // The set of a KV group g is chosen for all its R heads together. With S_h(t) = scale * sum_j q_h[dims[j]] K_t[dims[j]]
 // (paper section 4.1) and p_h = softmax of S_h over the visible cells, cells are ranked by sum_h p_h(t); a tie goes
 // to the lower cell. Always-selected cells count against the budget and come first; budget must cover them.
 // A row that sees no cell yields zeros.
+//
+// Where the index is of integers, so is q, that all backends may sum in integers and agree: with x_j = scale *
+// q_h[dims[j]] and m = max |x_j|, q'_j = rint(x_j * (127/m)) and S_h(t) = (m/127 * d_t) * sum_j q'_j (x - offset)_j.
+// A head with m < FLT_MIN has q' = 0.
 GGML_API struct ggml_tensor * ggml_fasa_attn(
+        struct ggml_context     * ctx,
+        struct ggml_tensor      * q,
+        struct ggml_tensor      * k,
+        struct ggml_tensor      * v,
+        struct ggml_tensor      * mask,
+        struct ggml_tensor      * sinks,
+        struct ggml_tensor      * index,
+        struct ggml_tensor      * dims,
+        float                     scale,
+        float                     softcap,
+        int32_t                   budget,
+        enum ggml_fasa_index_type index_type,
+        int32_t                   hadamard);
+
+// Stage fac over every visible cell: exact attention that reads each row of K and V once for a whole KV group.
+// Arguments and result as of ggml_fasa_attn; -0.0 in the mask is 0.
+GGML_API struct ggml_tensor * ggml_fasa_dense(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
         struct ggml_tensor  * k,
         struct ggml_tensor  * v,
         struct ggml_tensor  * mask,
         struct ggml_tensor  * sinks,
-        struct ggml_tensor  * index,
-        struct ggml_tensor  * dims,
         float                 scale,
-        float                 softcap,
-        int32_t               budget);
+        float                 softcap);
 
 #ifdef __cplusplus
 }

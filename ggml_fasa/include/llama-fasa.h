@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "ggml-fasa.h"
 #include "llama.h"
 
 #include <stdint.h>
@@ -23,15 +24,17 @@ enum llama_fasa_mode {
 #define LLAMA_FASA_N_SINK_DEFAULT      4
 #define LLAMA_FASA_N_RECENT_DEFAULT   32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT   8
+#define LLAMA_FASA_INDEX_TYPE_DEFAULT  GGML_FASA_INDEX_Q4
 
 #define LLAMA_FASA_COUNT_MAX    16777216 // most tokens in any setting, 2^24
 
 struct llama_fasa_params {
-    int32_t mode;      // enum llama_fasa_mode
-    int32_t budget;    // tokens kept per query and KV group, forced ones included; 0 = not set
-    int32_t n_sink;    // first tokens of a sequence that are always kept; -1 = not set
-    int32_t n_recent;  // last tokens of a sequence that are always kept, the query's own included; -1 = not set
-    int32_t max_batch; // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
+    int32_t mode;       // enum llama_fasa_mode
+    int32_t budget;     // tokens kept per query and KV group, forced ones included; 0 = not set
+    int32_t n_sink;     // first tokens of a sequence that are always kept; -1 = not set
+    int32_t n_recent;   // last tokens of a sequence that are always kept, the query's own included; -1 = not set
+    int32_t max_batch;  // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
+    int32_t index_type; // enum ggml_fasa_index_type; -1 = not set
 };
 
 // What a context runs.
@@ -45,6 +48,7 @@ struct llama_fasa_info {
     int32_t  n_sink;
     int32_t  n_recent;
     int32_t  max_batch;
+    int32_t  index_type;     // enum ggml_fasa_index_type
     uint64_t index_bytes;    // size of the index cache
     uint64_t kv_bytes;       // size of the K and V cache
 };
@@ -64,6 +68,9 @@ LLAMA_API struct llama_fasa_params llama_fasa_default_params(void); // everythin
 // Returns 0, or -1 with a sentence in llama_fasa_last_error() and nothing changed.
 LLAMA_API int32_t                  llama_fasa_set_params(const struct llama_fasa_params * params);
 LLAMA_API struct llama_fasa_params llama_fasa_get_params(void);
+
+// The enum ggml_fasa_index_type of a name ("f16", "q8", "q4"); -1 if it names none.
+LLAMA_API int32_t llama_fasa_index_type(const char * name);
 
 // Whether the model carries valid calibration: 1 yes, 0 none, -1 invalid (llama_fasa_last_error() says why).
 LLAMA_API int32_t llama_fasa_model_calibrated(const struct llama_model * model);

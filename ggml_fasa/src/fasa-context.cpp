@@ -24,7 +24,9 @@ static llama_fasa_params fasa_params = llama_fasa_default_params();
 static thread_local std::string fasa_error;
 
 llama_fasa_params llama_fasa_default_params(void) {
-    return { LLAMA_FASA_MODE_AUTO, /*.budget =*/ 0, /*.n_sink =*/ -1, /*.n_recent =*/ -1, /*.max_batch =*/ 0 };
+    return {
+        LLAMA_FASA_MODE_AUTO, /*.budget =*/ 0, /*.n_sink =*/ -1, /*.n_recent =*/ -1, /*.max_batch =*/ 0, /*.index_type =*/ -1,
+    };
 }
 
 int32_t llama_fasa_set_params(const llama_fasa_params * params) {
@@ -35,11 +37,12 @@ int32_t llama_fasa_set_params(const llama_fasa_params * params) {
             fasa_error = format("FASA: %s is %d, outside [%d, %d]", name, value, lo, hi);
         }
     };
-    check("mode",      params->mode,      LLAMA_FASA_MODE_OFF, LLAMA_FASA_MODE_ON);
-    check("budget",    params->budget,     0, LLAMA_FASA_COUNT_MAX);
-    check("n_sink",    params->n_sink,    -1, LLAMA_FASA_COUNT_MAX);
-    check("n_recent",  params->n_recent,  -1, LLAMA_FASA_COUNT_MAX);
-    check("max_batch", params->max_batch,  0, LLAMA_FASA_COUNT_MAX);
+    check("mode",       params->mode,       LLAMA_FASA_MODE_OFF, LLAMA_FASA_MODE_ON);
+    check("budget",     params->budget,      0, LLAMA_FASA_COUNT_MAX);
+    check("n_sink",     params->n_sink,     -1, LLAMA_FASA_COUNT_MAX);
+    check("n_recent",   params->n_recent,   -1, LLAMA_FASA_COUNT_MAX);
+    check("max_batch",  params->max_batch,   0, LLAMA_FASA_COUNT_MAX);
+    check("index_type", params->index_type, -1, GGML_FASA_INDEX_COUNT - 1);
     if (!fasa_error.empty()) {
         return -1;
     }
@@ -52,6 +55,15 @@ int32_t llama_fasa_set_params(const llama_fasa_params * params) {
 llama_fasa_params llama_fasa_get_params(void) {
     std::lock_guard<std::mutex> lock(fasa_mutex);
     return fasa_params;
+}
+
+int32_t llama_fasa_index_type(const char * name) {
+    for (int32_t type = 0; type < GGML_FASA_INDEX_COUNT; ++type) {
+        if (strcmp(name, ggml_fasa_index_type_name((ggml_fasa_index_type) type)) == 0) {
+            return type;
+        }
+    }
+    return -1;
 }
 
 int32_t llama_fasa_model_calibrated(const llama_model * model) {
@@ -108,6 +120,8 @@ llama_fasa_config resolve(const llama_fasa_params & params, const llama_fasa_met
     config.n_sink    = first_set(params.n_sink,   params.n_sink   >= 0, md.n_sink,   LLAMA_FASA_N_SINK_DEFAULT);
     config.n_recent  = first_set(params.n_recent, params.n_recent >= 0, md.n_recent, LLAMA_FASA_N_RECENT_DEFAULT);
     config.max_batch = params.max_batch > 0 ? params.max_batch : LLAMA_FASA_MAX_BATCH_DEFAULT;
+    config.index_type = (ggml_fasa_index_type)
+            first_set(params.index_type, params.index_type >= 0, md.index_type, LLAMA_FASA_INDEX_TYPE_DEFAULT);
 
     if (config.n_sink + config.n_recent >= config.budget) {
         throw std::runtime_error(format("FASA: %d sinks and %d recent tokens leave no room in a budget of %d",
@@ -133,30 +147,29 @@ llama_kv_cache * full_attention_cache(llama_memory_i * memory) {
     return nullptr;
 }
 
-// Whether the device can run the op; asked with an op of the model's shape.
-bool device_supports_fasa(ggml_backend_dev_t dev, const llama_hparams & hparams, uint32_t il) {
-    ggml_init_params params = { 16*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
-    ggml_context_ptr ctx(ggml_init(params));
-
-    const int64_t n_kv = 256;
-    const int64_t G    = hparams.n_head_kv(il);
-    auto tensor = [&](ggml_type type, int64_t n0, int64_t n1, int64_t n2) {
-        return ggml_new_tensor_3d(ctx.get(), type, n0, n1, n2);
-    };
-    ggml_tensor * op = ggml_fasa_attn(ctx.get(),
-            tensor(GGML_TYPE_F32, hparams.n_embd_head_k(il), 1,    hparams.n_head(il)),
-            tensor(GGML_TYPE_F16, hparams.n_embd_head_k(il), n_kv, G),
-            tensor(GGML_TYPE_F16, hparams.n_embd_head_v(il), n_kv, G),
-            tensor(GGML_TYPE_F16, n_kv, 1, 1), nullptr, ggml_fasa_new_index(ctx.get(), 2, n_kv, G, 1),
-            tensor(GGML_TYPE_I32, 2, G, 1), 1.0f, 0.0f, 1);
-    return ggml_backend_dev_supports_op(dev, op);
+bool type_supported(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q4_0:
+            return true;
+        default:
+            return false;
+    }
 }
 
 } // namespace
 
-// Why this context cannot run FASA, "" if it can. Friend of llama_kv_cache.
+// Whether and how a context can run FASA. Friend of llama_kv_cache.
 struct llama_fasa_support {
-    static std::string reason(const llama_model & model, const llama_cparams & cparams, const llama_kv_cache * kv) {
+    // Why this context cannot run FASA, "" if it can.
+    static std::string reason(const llama_model & model, const llama_cparams & cparams, const llama_kv_cache * kv,
+            const llama_fasa_config & config) {
         const llama_hparams & hparams = model.hparams;
 
         if (!kv) {
@@ -185,14 +198,24 @@ struct llama_fasa_support {
         }
         for (const auto & layer : kv->layers) {
             for (const ggml_tensor * t : { layer.k, layer.v }) {
-                if (!t || t->type != GGML_TYPE_F16) {
-                    return format("the KV cache type %s is not supported yet, use f16", t ? ggml_type_name(t->type) : "none");
+                if (!t || !type_supported(t->type)) {
+                    return format("the KV cache type %s is not supported, use f16, bf16, f32, q8_0, q5_1, q5_0, q4_1 or "
+                            "q4_0", t ? ggml_type_name(t->type) : "none");
                 }
+            }
+            const int32_t n_tip = model.fasa->layer(layer.il).n_tip;
+            if (n_tip == 0) {
+                continue; // dense on any device
             }
             const ggml_backend_dev_t dev = cparams.offload_kqv ? model.dev_layer(layer.il)
                                                                : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-            if (strncmp(ggml_backend_dev_name(dev), "RPC", 3) == 0 || !device_supports_fasa(dev, hparams, layer.il)) {
+            if (strncmp(ggml_backend_dev_name(dev), "RPC", 3) == 0) {
                 return format("the backend %s cannot run FASA yet", ggml_backend_dev_name(dev));
+            }
+            if (!device_supports(dev, hparams, *kv, layer.il, 2*n_tip, config)) {
+                return format("the backend %s cannot run FASA with K in %s, V in %s and an index of type %s",
+                        ggml_backend_dev_name(dev), ggml_type_name(layer.k->type), ggml_type_name(layer.v->type),
+                        ggml_fasa_index_type_name(config.index_type));
             }
         }
         return "";
@@ -201,6 +224,37 @@ struct llama_fasa_support {
     static llama_fasa_index_cache * attach(llama_kv_cache & kv, const llama_fasa_metadata & md, const llama_fasa_config & config) {
         kv.fasa = std::make_shared<llama_fasa_index_cache>(kv, md, config);
         return kv.fasa.get();
+    }
+
+private:
+    // Whether the device can run both modes; asked with ops of the shapes and types that the layer is going to have.
+    static bool device_supports(ggml_backend_dev_t dev, const llama_hparams & hparams, const llama_kv_cache & kv,
+            uint32_t il, int64_t n_dim, const llama_fasa_config & config) {
+        ggml_init_params params = { 16*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+        ggml_context_ptr ctx_ptr(ggml_init(params));
+        ggml_context * ctx = ctx_ptr.get();
+
+        const auto &  layer    = kv.layers[kv.map_layer_ids.at(il)];
+        const int64_t d_k      = hparams.n_embd_head_k(il);
+        const int64_t d_v      = hparams.n_embd_head_v(il);
+        const int64_t G        = hparams.n_head_kv(il);
+        const int64_t n_kv     = kv.get_size();
+        const int32_t hadamard = llama_fasa_hadamard(kv);
+
+        ggml_tensor * dims  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_dim, G);
+        ggml_tensor * index = ggml_fasa_new_index(ctx, config.index_type, n_dim, n_kv, G, 1);
+        // head by head, as the cache is seen
+        auto rows = [&](ggml_type type, int64_t d) {
+            ggml_tensor * t = ggml_new_tensor_2d(ctx, type, d*G, n_kv);
+            return ggml_view_3d(ctx, t, d, n_kv, G, t->nb[1], ggml_row_size(type, d), 0);
+        };
+
+        ggml_tensor * write = ggml_fasa_index_write(ctx, ggml_new_tensor_2d(ctx, layer.k->type, d_k*G, n_kv),
+                ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1), index, dims, config.index_type, hadamard);
+        ggml_tensor * attn = ggml_fasa_attn(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d_k, 1, hparams.n_head(il)),
+                rows(layer.k->type, d_k), rows(layer.v->type, d_v), ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, 1), nullptr,
+                index, dims, 1.0f, 0.0f, config.budget, config.index_type, hadamard);
+        return ggml_backend_dev_supports_op(dev, write) && ggml_backend_dev_supports_op(dev, attn);
     }
 };
 
@@ -229,8 +283,10 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
         return nullptr;
     }
 
+    const llama_fasa_config config = resolve(params, *md);
+
     llama_kv_cache * kv = full_attention_cache(memory);
-    const std::string reason = llama_fasa_support::reason(model, cparams, kv);
+    const std::string reason = llama_fasa_support::reason(model, cparams, kv, config);
     if (!reason.empty()) {
         if (must) {
             throw std::runtime_error("FASA: " + reason);
@@ -239,13 +295,14 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
         return nullptr;
     }
 
-    llama_fasa_index_cache * fasa = llama_fasa_support::attach(*kv, *md, resolve(params, *md));
+    llama_fasa_index_cache * fasa = llama_fasa_support::attach(*kv, *md, config);
 
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
     LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
-            "index %.2f MiB beside %.2f MiB of K and V\n", info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max,
-            info.budget, info.n_sink, info.n_recent, info.max_batch, info.index_bytes/1024.0/1024.0, info.kv_bytes/1024.0/1024.0);
+            "%s index of %.2f MiB beside %.2f MiB of K and V\n", info.n_layer_sparse, info.n_layer_dense, info.n_tip_min,
+            info.n_tip_max, info.budget, info.n_sink, info.n_recent, info.max_batch,
+            ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0, info.kv_bytes/1024.0/1024.0);
     return fasa;
 }
 

@@ -14,32 +14,50 @@ ggml_tensor * llama_fasa_build_attn(
 
     const llama_fasa_index_cache * fasa = cparams.fasa;
     const auto * layer = fasa ? fasa->find(k->view_src) : nullptr;
-    if (!layer || layer->il != il) { // a layer that attends to another one's K has no FCs of its own
+
+    // only facts that a reused graph shares may decide here: rows, sequences, n_kv and fixed settings of the context
+    if (!layer || !fasa->config.is_sparse(graph.ubatch, k->ne[2]) || kq_b || v_mla || !kq_mask || cparams.auto_fa) {
         return nullptr;
     }
 
-    const int64_t n_stream = k->ne[3];
-    const int64_t n_rows   = q->ne[2]/n_stream;
-
-    // only facts that a reused graph shares may decide here: rows, sequences, n_kv and fixed settings of the context
-    if (!fasa->config.is_sparse(graph.ubatch, k->ne[2]) || kq_b || v_mla || !kq_mask || cparams.auto_fa) {
-        return nullptr;
+    const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer);
+    // a layer that attends to another one's K has no FCs of its own
+    const bool sparse = layer->n_tip > 0 && layer->il == il;
+    if (!sparse && !on_host) {
+        return nullptr; // a GPU's flash attention serves a KV group at once, too
     }
 
     ggml_context * ctx = graph.ctx0;
 
+    const int64_t n_stream = k->ne[3];
+    const int64_t n_rows   = q->ne[2]/n_stream;
+
     q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_rows, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_rows, 0);
 
-    const size_t stream0 = k->view_offs/layer->k->nb[2];
-    ggml_tensor * index = ggml_view_4d(ctx, layer->index, layer->index->ne[0], layer->index->ne[1], layer->index->ne[2], n_stream,
-            layer->index->nb[1], layer->index->nb[2], layer->index->nb[3], stream0*layer->index->nb[3]);
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+    k = ggml_permute(ctx, k, 0, 2, 1, 3);
+    v = ggml_permute(ctx, v, 0, 2, 1, 3);
 
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
-    ggml_tensor * cur = ggml_fasa_attn(ctx,
-            ggml_permute(ctx, q, 0, 2, 1, 3), ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, v, 0, 2, 1, 3),
-            kq_mask, sinks, index, layer->dims, kq_scale, softcap, fasa->config.budget);
-    graph.cb(cur, "fasa_attn", il);
+    ggml_tensor * cur;
+    if (sparse) {
+        const ggml_tensor * all = layer->index;
+        const size_t stream0 = k->view_offs/layer->k->nb[2];
+        ggml_tensor * index = ggml_view_4d(ctx, layer->index, all->ne[0], all->ne[1], all->ne[2], n_stream,
+                all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
+
+        cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, index, layer->dims, kq_scale, softcap,
+                fasa->config.budget, fasa->config.index_type, fasa->hadamard);
+        graph.cb(cur, "fasa_attn", il);
+    } else {
+        cur = ggml_fasa_dense(ctx, q, k, v, kq_mask, sinks, kq_scale, softcap);
+        graph.cb(cur, "fasa_dense", il);
+    }
+    if (on_host) {
+        // with the rest of the layer on a GPU (--no-kv-offload), the scheduler would have all of K copied there
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
+    }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(graph.gf, cur);

@@ -23,7 +23,8 @@ struct llm_graph_context;
 // dense. Throws std::runtime_error if FASA was asked for and cannot run.
 llama_fasa_index_cache * llama_fasa_attach(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
 
-// llama-graph: tip -> select -> fac in place of dense attention, or NULL where attention must stay dense.
+// llama-graph: tip -> select -> fac, or fac alone for a dense layer, in place of llama.cpp's attention; NULL where that
+// must stay.
 // q, k, v as build_attn_mha gets them: [D, H, T, 1], [D, G, N, S], [DV, G, N, S].
 ggml_tensor * llama_fasa_build_attn(
         const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,

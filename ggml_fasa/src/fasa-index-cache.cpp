@@ -1,7 +1,6 @@
 #include "fasa-index-cache.h"
 
 #include "fasa-graph.h"
-#include "ggml-fasa.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -21,9 +20,16 @@ bool llama_fasa_config::is_sparse(const llama_ubatch & ubatch, int64_t n_kv) con
     return is_decode(ubatch) && n_kv > GGML_PAD(budget, 256);
 }
 
+int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
+    ggml_init_params params = { ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+    const ggml_tensor * rotation = kv.build_input_k_rot(ctx.get());
+    return rotation ? (int32_t) rotation->ne[0] : 0;
+}
+
 llama_fasa_index_cache::llama_fasa_index_cache(
         llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config) :
-    kv(kv), config(config), stream_dirty(kv.n_stream, false) {
+    kv(kv), config(config), hadamard(llama_fasa_hadamard(kv)), stream_dirty(kv.n_stream, false) {
 
     const bool no_alloc = kv.hparams.no_alloc;
 
@@ -46,9 +52,12 @@ llama_fasa_index_cache::llama_fasa_index_cache(
     for (const auto & cache : kv.layers) {
         kv_bytes += ggml_nbytes(cache.k) + (cache.v ? ggml_nbytes(cache.v) : 0);
 
-        const llama_fasa_layer meta = cache.il < metadata.layers.size() ? metadata.layers[cache.il] : llama_fasa_layer {};
-        if (meta.n_tip == 0) {
-            n_layer_dense++;
+        const llama_fasa_layer meta = metadata.layer(cache.il);
+
+        layer l = { (int32_t) cache.il, meta.n_tip, cache.k, nullptr, nullptr };
+        layer_of_k[l.k] = layers.size();
+        if (l.n_tip == 0) {
+            layers.push_back(l);
             continue;
         }
 
@@ -58,14 +67,13 @@ llama_fasa_index_cache::llama_fasa_index_cache(
             ctx.dims  = new_ctx(kv.layers.size());
         }
 
-        layer l = { (int32_t) cache.il, meta.n_tip, cache.k, nullptr, nullptr };
-        l.index = ggml_fasa_new_index(ctx.index.get(), 2*meta.n_tip, kv.get_size(), meta.n_head_kv, kv.n_stream);
+        l.index = ggml_fasa_new_index(ctx.index.get(), config.index_type,
+                2*meta.n_tip, kv.get_size(), meta.n_head_kv, kv.n_stream);
         l.dims  = ggml_new_tensor_2d(ctx.dims.get(), GGML_TYPE_I32, 2*meta.n_tip, meta.n_head_kv);
         ggml_format_name(l.index, "fasa_index_cache_l%d", l.il);
         ggml_format_name(l.dims,  "fasa_dims_l%d",        l.il);
 
         index_bytes += ggml_nbytes(l.index);
-        layer_of_k[l.k] = layers.size();
         layers.push_back(l);
     }
 
@@ -95,6 +103,9 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
     if (!no_alloc) {
         for (const layer & l : layers) {
+            if (l.n_tip == 0) {
+                continue;
+            }
             const std::vector<int32_t> dims = metadata.dims(l.il);
             ggml_backend_tensor_set(l.dims, dims.data(), 0, ggml_nbytes(l.dims));
         }
@@ -110,15 +121,20 @@ const llama_fasa_index_cache::layer * llama_fasa_index_cache::find(const ggml_te
     return it == layer_of_k.end() ? nullptr : &layers[it->second];
 }
 
+ggml_tensor * llama_fasa_index_cache::index_write(
+        ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const {
+    return ggml_fasa_index_write(ctx, k, cells, l.index, l.dims, config.index_type, hadamard);
+}
+
 ggml_tensor * llama_fasa_index_cache::build_write(
         ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs) const {
     const layer * l = find(k);
-    if (!l) {
+    if (!l || l->n_tip == 0) {
         return k_set;
     }
     // reads the rows just written rather than K before rounding: a rebuild from K then gives the same bits, and
     // CUDA's fusion of RoPE with SET_ROWS keeps its only consumer
-    ggml_tensor * cur = ggml_fasa_index_write(ctx, k_set, k_idxs, l->index, l->dims);
+    ggml_tensor * cur = index_write(ctx, *l, k_set, k_idxs);
     ggml_format_name(cur, "fasa_index_cache-%d", l->il);
     return cur;
 }
@@ -229,7 +245,9 @@ bool llama_fasa_index_cache::rebuild(llama_context & lctx) {
     ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ids.size());
     ggml_set_input(cells);
     for (const layer & l : layers) {
-        ggml_build_forward_expand(gf, ggml_fasa_index_write(ctx, l.k, cells, l.index, l.dims));
+        if (l.n_tip > 0) {
+            ggml_build_forward_expand(gf, index_write(ctx, l, l.k, cells));
+        }
     }
     res->add_input(std::make_unique<input_cells>(cells, std::move(ids)));
 
@@ -249,15 +267,19 @@ bool llama_fasa_index_cache::rebuild(llama_context & lctx) {
 llama_fasa_info llama_fasa_index_cache::info() const {
     llama_fasa_info info = {};
     info.active         = 1;
-    info.n_layer_sparse = (int32_t) layers.size();
-    info.n_layer_dense  = n_layer_dense;
     info.budget         = config.budget;
     info.n_sink         = config.n_sink;
     info.n_recent       = config.n_recent;
     info.max_batch      = config.max_batch;
+    info.index_type     = config.index_type;
     info.index_bytes    = index_bytes;
     info.kv_bytes       = kv_bytes;
     for (const layer & l : layers) {
+        if (l.n_tip == 0) {
+            info.n_layer_dense++;
+            continue;
+        }
+        info.n_layer_sparse++;
         info.n_tip_min = info.n_tip_min == 0 ? l.n_tip : std::min(info.n_tip_min, l.n_tip);
         info.n_tip_max = std::max(info.n_tip_max, l.n_tip);
     }

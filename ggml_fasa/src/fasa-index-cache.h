@@ -7,6 +7,7 @@
 #pragma once
 
 #include "fasa-metadata.h"
+#include "ggml-fasa.h"
 #include "llama-fasa.h"
 #include "llama.h"
 
@@ -29,6 +30,8 @@ struct llama_fasa_config {
     int32_t n_recent;
     int32_t max_batch;
 
+    ggml_fasa_index_type index_type;
+
     // Whether a step has few enough rows for decoding: max_batch for each of its sequences, on average.
     bool is_decode(const llama_ubatch & ubatch) const;
 
@@ -37,6 +40,9 @@ struct llama_fasa_config {
     bool is_sparse(const llama_ubatch & ubatch, int64_t n_kv) const;
 };
 
+// The size of the Walsh-Hadamard blocks by which kv rotates K, 0 if it does not: upstream rotates a quantised K.
+int32_t llama_fasa_hadamard(const llama_kv_cache & kv);
+
 struct llama_fasa_index_cache {
     // Allocates the index of every layer that metadata gives FCs and whose K lives in kv. Throws std::runtime_error.
     llama_fasa_index_cache(llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config);
@@ -44,8 +50,8 @@ struct llama_fasa_index_cache {
 
     struct layer {
         int32_t       il;
-        int32_t       n_tip;
-        ggml_tensor * k;     // the cache tensor that is indexed
+        int32_t       n_tip; // 0: a dense layer, which has no index and no dims
+        ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
     };
@@ -69,15 +75,17 @@ struct llama_fasa_index_cache {
 
     llama_kv_cache &        kv;
     const llama_fasa_config config;
+    const int32_t           hadamard;
     llama_fasa_stats        stats = {};
 
 private:
+    ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
+
     std::vector<layer>                                 layers;
     std::unordered_map<const ggml_tensor *, size_t>    layer_of_k;
     std::vector<bool>                                  stream_dirty;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
 
-    int32_t  n_layer_dense = 0;
-    uint64_t index_bytes   = 0;
-    uint64_t kv_bytes      = 0;
+    uint64_t index_bytes = 0;
+    uint64_t kv_bytes    = 0;
 };

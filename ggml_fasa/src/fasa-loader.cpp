@@ -167,6 +167,12 @@ void load(const reader & in, const llama_hparams & hparams, llama_fasa_metadata 
             *value = (int32_t) n;
         }
     }
+    if (in.has("fasa.index_type")) {
+        md.index_type = llama_fasa_index_type(in.str("fasa.index_type").c_str());
+        if (md.index_type < 0) {
+            throw bad_metadata("fasa.index_type is none of f16, q8 and q4");
+        }
+    }
 }
 
 } // namespace

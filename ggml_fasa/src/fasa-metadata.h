@@ -29,11 +29,15 @@ struct llama_fasa_metadata {
     std::vector<llama_fasa_layer> layers;
 
     // recommendations, -1 = none
-    int32_t budget   = -1;
-    int32_t n_sink   = -1;
-    int32_t n_recent = -1;
+    int32_t budget     = -1;
+    int32_t n_sink     = -1;
+    int32_t n_recent   = -1;
+    int32_t index_type = -1; // enum ggml_fasa_index_type
 
     bool usable() const { return present && error.empty(); }
+
+    // What is known of a layer; nothing of those that only draft tokens, which are dense.
+    llama_fasa_layer layer(size_t il) const { return il < layers.size() ? layers[il] : llama_fasa_layer {}; }
 
     // The dims of layer il's dominant FCs, [n_head_kv][2*n_tip]: first dims of the planes, then second dims.
     std::vector<int32_t> dims(size_t il) const;

@@ -9,33 +9,80 @@ static void fasa_set_mode(ggml_tensor * t, ggml_fasa_mode mode) {
     ggml_set_op_params_i32(t, GGML_FASA_OP_PARAM_MODE, mode);
 }
 
-ggml_tensor * ggml_fasa_new_index(ggml_context * ctx, int64_t n_dim, int64_t n_cells, int64_t n_head_kv, int64_t n_stream) {
+size_t ggml_fasa_tile_size(ggml_fasa_index_type type, int64_t n_dim) {
+    const int64_t scales = GGML_FASA_TILE*sizeof(ggml_fp16_t);
+    switch (type) {
+        case GGML_FASA_INDEX_F16: return GGML_FASA_TILE*n_dim*sizeof(ggml_fp16_t);
+        case GGML_FASA_INDEX_Q8:  return GGML_FASA_TILE*GGML_PAD(n_dim, 4)   + scales;
+        case GGML_FASA_INDEX_Q4:  return GGML_FASA_TILE*GGML_PAD(n_dim, 8)/2 + scales;
+        default: GGML_ABORT("unknown FASA index type");
+    }
+}
+
+const char * ggml_fasa_index_type_name(ggml_fasa_index_type type) {
+    switch (type) {
+        case GGML_FASA_INDEX_F16: return "f16";
+        case GGML_FASA_INDEX_Q8:  return "q8";
+        case GGML_FASA_INDEX_Q4:  return "q4";
+        default: return NULL;
+    }
+}
+
+ggml_tensor * ggml_fasa_new_index(
+        ggml_context       * ctx,
+        ggml_fasa_index_type type,
+        int64_t              n_dim,
+        int64_t              n_cells,
+        int64_t              n_head_kv,
+        int64_t              n_stream) {
     GGML_ASSERT(n_dim > 0 && n_dim % 2 == 0);
     GGML_ASSERT(n_cells % GGML_FASA_TILE == 0);
 
-    return ggml_new_tensor_4d(ctx, GGML_TYPE_F16, GGML_FASA_TILE*n_dim, n_cells/GGML_FASA_TILE, n_head_kv, n_stream);
+    const ggml_type tensor_type = type == GGML_FASA_INDEX_F16 ? GGML_TYPE_F16 : GGML_TYPE_I8;
+    const int64_t   tile        = ggml_fasa_tile_size(type, n_dim)/ggml_type_size(tensor_type);
+    return ggml_new_tensor_4d(ctx, tensor_type, tile, n_cells/GGML_FASA_TILE, n_head_kv, n_stream);
+}
+
+static void fasa_check_index(const ggml_tensor * index, const ggml_tensor * dims, ggml_fasa_index_type type) {
+    GGML_ASSERT(dims->type == GGML_TYPE_I32 && ggml_is_contiguous(dims));
+    GGML_ASSERT(index->type == (type == GGML_FASA_INDEX_F16 ? GGML_TYPE_F16 : GGML_TYPE_I8));
+    GGML_ASSERT(index->nb[1] == ggml_fasa_tile_size(type, dims->ne[0]));
+    GGML_ASSERT(index->nb[0] == ggml_type_size(index->type) && index->nb[1] == index->nb[0]*index->ne[0]);
+    GGML_ASSERT(index->ne[2] == dims->ne[1]);
+}
+
+// The rows of a head of d values must be whole blocks.
+static void fasa_check_cache(const ggml_tensor * t, int64_t d) {
+    GGML_ASSERT(t->nb[0] == ggml_type_size(t->type) && d % ggml_blck_size(t->type) == 0);
+}
+
+static void fasa_check_hadamard(int32_t hadamard, int64_t d) {
+    GGML_ASSERT(hadamard == 0 || (hadamard > 0 && (hadamard & (hadamard - 1)) == 0 && d % hadamard == 0));
 }
 
 ggml_tensor * ggml_fasa_index_write(
-        ggml_context * ctx,
-        ggml_tensor  * k,
-        ggml_tensor  * cells,
-        ggml_tensor  * index,
-        ggml_tensor  * dims) {
-    GGML_ASSERT(dims->type == GGML_TYPE_I32 && ggml_is_contiguous(dims));
+        ggml_context       * ctx,
+        ggml_tensor        * k,
+        ggml_tensor        * cells,
+        ggml_tensor        * index,
+        ggml_tensor        * dims,
+        ggml_fasa_index_type index_type,
+        int32_t              hadamard) {
+    fasa_check_index(index, dims, index_type);
+    GGML_ASSERT(ggml_is_contiguous(index));
     GGML_ASSERT(cells->type == GGML_TYPE_I64 && ggml_is_contiguous(cells) && ggml_is_vector(cells));
-    GGML_ASSERT(k->type == GGML_TYPE_F16 && k->nb[0] == sizeof(ggml_fp16_t));
-    GGML_ASSERT(index->type == GGML_TYPE_F16 && ggml_is_contiguous(index));
-    GGML_ASSERT(index->ne[0] == GGML_FASA_TILE*dims->ne[0]);
-    GGML_ASSERT(index->ne[2] == dims->ne[1]);
     GGML_ASSERT(index->ne[1]*GGML_FASA_TILE*index->ne[3] == k->ne[1]*k->ne[2] && k->ne[3] == 1);
     GGML_ASSERT(k->nb[2] == k->nb[1]*k->ne[1]);
     GGML_ASSERT(k->ne[0] % dims->ne[1] == 0);
+    fasa_check_cache(k, k->ne[0]/dims->ne[1]);
+    fasa_check_hadamard(hadamard, k->ne[0]/dims->ne[1]);
 
     // a view, so that the scheduler runs the write where the index lives
     ggml_tensor * result = ggml_view_tensor(ctx, index);
 
     fasa_set_mode(result, GGML_FASA_MODE_INDEX_WRITE);
+    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_INDEX_TYPE, index_type);
+    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_HADAMARD,   hadamard);
     result->src[GGML_FASA_WRITE_SRC_K]     = k;
     result->src[GGML_FASA_WRITE_SRC_CELLS] = cells;
     result->src[GGML_FASA_WRITE_SRC_INDEX] = index;
@@ -44,41 +91,31 @@ ggml_tensor * ggml_fasa_index_write(
     return result;
 }
 
-ggml_tensor * ggml_fasa_attn(
+// What attn and dense have in common.
+static ggml_tensor * fasa_attn_impl(
         ggml_context * ctx,
         ggml_tensor  * q,
         ggml_tensor  * k,
         ggml_tensor  * v,
         ggml_tensor  * mask,
         ggml_tensor  * sinks,
-        ggml_tensor  * index,
-        ggml_tensor  * dims,
         float          scale,
         float          softcap,
-        int32_t        budget) {
+        ggml_fasa_mode mode) {
     const int64_t n_kv      = k->ne[1];
     const int64_t n_head_kv = k->ne[2];
     const int64_t n_stream  = k->ne[3];
 
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
-    GGML_ASSERT(k->type == GGML_TYPE_F16 && k->nb[0] == sizeof(ggml_fp16_t));
-    GGML_ASSERT(v->type == GGML_TYPE_F16 && v->nb[0] == sizeof(ggml_fp16_t));
     GGML_ASSERT(q->ne[0] == k->ne[0]);
     GGML_ASSERT(q->ne[2] % n_head_kv == 0 && q->ne[3] == n_stream);
     GGML_ASSERT(v->ne[1] == n_kv && v->ne[2] == n_head_kv && v->ne[3] == n_stream);
+    fasa_check_cache(k, k->ne[0]);
+    fasa_check_cache(v, v->ne[0]);
 
     GGML_ASSERT(mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
     GGML_ASSERT(ggml_is_contiguous(mask));
     GGML_ASSERT(mask->ne[0] == n_kv && mask->ne[1] == q->ne[1] && mask->ne[2] == 1 && mask->ne[3] == n_stream);
-
-    GGML_ASSERT(dims->type == GGML_TYPE_I32 && ggml_is_contiguous(dims));
-    GGML_ASSERT(dims->ne[1] == n_head_kv);
-    GGML_ASSERT(index->type == GGML_TYPE_F16);
-    GGML_ASSERT(index->nb[0] == sizeof(ggml_fp16_t) && index->nb[1] == index->nb[0]*index->ne[0]);
-    GGML_ASSERT(index->ne[0] == GGML_FASA_TILE*dims->ne[0]);
-    GGML_ASSERT(index->ne[1]*GGML_FASA_TILE >= n_kv);
-    GGML_ASSERT(index->ne[2] == n_head_kv && index->ne[3] == n_stream);
-    GGML_ASSERT(budget > 0);
 
     if (sinks) {
         GGML_ASSERT(sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks) && sinks->ne[0] == q->ne[2]);
@@ -86,17 +123,57 @@ ggml_tensor * ggml_fasa_attn(
 
     ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], n_stream);
 
-    fasa_set_mode(result, GGML_FASA_MODE_ATTN);
+    fasa_set_mode(result, mode);
     ggml_set_op_params_f32(result, GGML_FASA_OP_PARAM_SCALE,   scale);
     ggml_set_op_params_f32(result, GGML_FASA_OP_PARAM_SOFTCAP, softcap);
-    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_BUDGET,  budget);
     result->src[GGML_FASA_SRC_Q]     = q;
     result->src[GGML_FASA_SRC_K]     = k;
     result->src[GGML_FASA_SRC_V]     = v;
     result->src[GGML_FASA_SRC_MASK]  = mask;
     result->src[GGML_FASA_SRC_SINKS] = sinks;
+
+    return result;
+}
+
+ggml_tensor * ggml_fasa_attn(
+        ggml_context       * ctx,
+        ggml_tensor        * q,
+        ggml_tensor        * k,
+        ggml_tensor        * v,
+        ggml_tensor        * mask,
+        ggml_tensor        * sinks,
+        ggml_tensor        * index,
+        ggml_tensor        * dims,
+        float                scale,
+        float                softcap,
+        int32_t              budget,
+        ggml_fasa_index_type index_type,
+        int32_t              hadamard) {
+    fasa_check_index(index, dims, index_type);
+    fasa_check_hadamard(hadamard, k->ne[0]);
+    GGML_ASSERT(index->ne[1]*GGML_FASA_TILE >= k->ne[1]);
+    GGML_ASSERT(index->ne[2] == k->ne[2] && index->ne[3] == k->ne[3]);
+    GGML_ASSERT(budget > 0);
+
+    ggml_tensor * result = fasa_attn_impl(ctx, q, k, v, mask, sinks, scale, softcap, GGML_FASA_MODE_ATTN);
+
+    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_BUDGET,     budget);
+    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_INDEX_TYPE, index_type);
+    ggml_set_op_params_i32(result, GGML_FASA_OP_PARAM_HADAMARD,   hadamard);
     result->src[GGML_FASA_SRC_INDEX] = index;
     result->src[GGML_FASA_SRC_DIMS]  = dims;
 
     return result;
+}
+
+ggml_tensor * ggml_fasa_dense(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * mask,
+        ggml_tensor  * sinks,
+        float          scale,
+        float          softcap) {
+    return fasa_attn_impl(ctx, q, k, v, mask, sinks, scale, softcap, GGML_FASA_MODE_DENSE);
 }

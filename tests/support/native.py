@@ -13,6 +13,8 @@ import cffi
 import numpy as np
 import pytest
 
+from support import shapes
+
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("ggml-fasa.h", "ggml-fasa-cpu.h")
 
@@ -29,6 +31,7 @@ struct ggml_tensor * ggml_new_tensor_4d(struct ggml_context *, int type, int64_t
 struct ggml_tensor * ggml_view_4d(struct ggml_context *, struct ggml_tensor *, int64_t, int64_t, int64_t, int64_t,
                                   size_t, size_t, size_t, size_t);
 struct ggml_tensor * ggml_permute(struct ggml_context *, struct ggml_tensor *, int, int, int, int);
+size_t ggml_row_size(int type, int64_t ne);
 void * ggml_get_data(const struct ggml_tensor *);
 size_t ggml_nbytes(const struct ggml_tensor *);
 struct ggml_cgraph * ggml_new_graph(struct ggml_context *);
@@ -39,7 +42,10 @@ void ggml_backend_cpu_set_n_threads(void * backend, int n_threads);
 void ggml_backend_cpu_set_use_ref(void * backend, bool use_ref);
 int ggml_backend_graph_compute(void * backend, struct ggml_cgraph *);
 """
-GGML_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int32): 26, np.dtype(np.int64): 27}
+GGML_TYPES = {
+    np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int32): 26, np.dtype(np.int64): 27,
+    np.dtype(np.uint8): 24,
+}  # fmt: skip
 
 
 def declarations(header):
@@ -67,7 +73,12 @@ def ggml():
     ffi = cffi.FFI()
     ffi.cdef(GGML_CDEF + "".join(map(declarations, HEADERS)))
     base = ffi.dlopen(str(folder / "libggml-base.so"), ffi.RTLD_GLOBAL | ffi.RTLD_NOW)
-    cpu = ffi.dlopen(str(folder / "libggml-cpu.so"), ffi.RTLD_GLOBAL | ffi.RTLD_NOW)
+    cpu = folder / "libggml-cpu.so"
+    if not cpu.exists():  # one of several, with FASA_PORTABLE
+        from fasa import _native
+
+        cpu = _native.cpu_path()
+    cpu = ffi.dlopen(str(cpu), ffi.RTLD_GLOBAL | ffi.RTLD_NOW)
     return ffi, _Either(cpu, base)
 
 
@@ -116,6 +127,14 @@ class Graph:
         self.array(t, array.dtype, array.shape)[...] = array
         return t
 
+    def cache(self, values, name):
+        """A new tensor of a cache type by name, of the shape of values, that keeps them."""
+        shape = (1,) * (4 - values.ndim) + values.shape
+        t = self.lib.ggml_new_tensor_4d(self.ctx, shapes.type_id(name), *shape[::-1])
+        data, _ = shapes.stored(values, name)
+        self.array(t, np.uint8, data.shape)[...] = data
+        return t
+
     def array(self, tensor, dtype, shape):
         """The data of a contiguous tensor, as a view: valid while the graph lives."""
         dtype = np.dtype(dtype)
@@ -123,10 +142,12 @@ class Graph:
         assert n_bytes == self.lib.ggml_nbytes(tensor)
         return np.frombuffer(self.ffi.buffer(self.lib.ggml_get_data(tensor), n_bytes), dtype).reshape(shape)
 
-    def view(self, tensor, array, offset=0):
-        """A view of tensor with the shape and the strides of array, which is a NumPy view of the same layout."""
-        assert array.ndim == 4 and array.strides[3] == array.itemsize
-        return self.lib.ggml_view_4d(self.ctx, tensor, *array.shape[::-1], *array.strides[2::-1], offset)
+    def heads(self, cache, name, shape, n_kv):
+        """The first n_kv cells of a cache of shape [S, n_cells, G, D], as the op takes them: [S, G, n_kv, D]."""
+        n_stream, n_cells, n_head_kv, d = shape
+        row = self.lib.ggml_row_size(shapes.type_id(name), d)
+        cell = row * n_head_kv
+        return self.lib.ggml_view_4d(self.ctx, cache, d, n_kv, n_head_kv, n_stream, cell, row, cell * n_cells, 0)
 
     def compute(self, *outputs, n_threads=1, use_ref=False):
         """Runs the graph that ends in the outputs on the CPU backend."""

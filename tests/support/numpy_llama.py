@@ -25,11 +25,11 @@ class NumpyLlama:
     selections of each row were (oracle.margin, the least over layers and KV heads).
     """
 
-    def __init__(self, model, fcs=None, budget=0, n_sink=0, n_recent=0, f16=True):
+    def __init__(self, model, fcs=None, budget=0, n_sink=0, n_recent=0, f16=True, index_type="f16"):
         self.config = model.config
         self.w = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
         self.fcs, self.budget, self.n_sink, self.n_recent = fcs, budget, n_sink, n_recent
-        self.cache_type = np.float16 if f16 else np.float64
+        self.cache_type, self.index_type = np.float16 if f16 else np.float64, index_type
         self.d = self.config.hidden_size // self.config.num_attention_heads
         self.clear()
 
@@ -79,8 +79,10 @@ class NumpyLlama:
             return dense(q, k.astype(np.float64), v.astype(np.float64), mask).reshape(len(h), -1), np.inf
         mask[((positions[:, None] - age < self.n_sink) | (age < self.n_recent)) & (age >= 0)] = -0.0
         dims = oracle.fc_dims(self.fcs[layer], self.d, "neox")
+        index = index_of(k, dims, self.index_type)
+        q, k, v, mask = q.swapaxes(0, 1)[None], k[None], v[None], mask[None]
         out, margins = oracle.attn(
-            q.swapaxes(0, 1)[None], k[None], v[None], mask[None], index_of(k, dims), dims, self.d**-0.5, self.budget
+            q, k, v, mask, index, dims, self.d**-0.5, self.budget, index_type=self.index_type
         )
         return out[0].reshape(len(h), -1), margins[0].min(axis=-1)
 
@@ -93,9 +95,10 @@ def dense(q, k, v, mask):
     return np.einsum("htn,hnd->thd", p / p.sum(axis=-1, keepdims=True), v.repeat(n_group, axis=0))
 
 
-def index_of(k, dims):
+def index_of(k, dims, index_type):
     """The index cache over K rows [G, N, D]."""
     n = k.shape[1]
     rows = np.zeros((1, -(-n // oracle.TILE) * oracle.TILE, len(k), k.shape[2]), k.dtype)
     rows[0, :n] = k.swapaxes(0, 1)
-    return oracle.index_cache(rows, np.arange(n), oracle.new_index(1, len(k), rows.shape[1], dims.shape[1]), dims)
+    empty = oracle.new_index(1, len(k), rows.shape[1], dims.shape[1], index_type)
+    return oracle.index_cache(rows, np.arange(n), empty, dims, index_type)

@@ -13,6 +13,7 @@ import numpy as np
 from .native import declarations, lib_dir
 
 OFF, AUTO, ON = 0, 1, 2
+INDEX_TYPES = {"f16": 0, "q8": 1, "q4": 2}  # ggml-fasa.h
 
 log_lines = []  # what llama.cpp said, newest last
 
@@ -49,11 +50,12 @@ def last_error():
 
 
 @contextlib.contextmanager
-def fasa_params(mode=ON, budget=0, n_sink=-1, n_recent=-1, max_batch=0):
-    """Contexts created inside run with these parameters."""
+def fasa_params(mode=ON, budget=0, n_sink=-1, n_recent=-1, max_batch=0, index_type=None):
+    """Contexts created inside run with these parameters; index_type is a name or None."""
     ffi, lib = fasa_api()
     before = lib.llama_fasa_get_params()
-    given = ffi.new("struct llama_fasa_params *", (mode, budget, n_sink, n_recent, max_batch))
+    index_type = -1 if index_type is None else INDEX_TYPES[index_type]
+    given = ffi.new("struct llama_fasa_params *", (mode, budget, n_sink, n_recent, max_batch, index_type))
     assert lib.llama_fasa_set_params(given) == 0, last_error()
     try:
         yield

@@ -1,12 +1,15 @@
 """Shape tables and random inputs, the same for the stage tests and the op tests."""
 
 import numpy as np
+from gguf import GGMLQuantizationType, quants
 
 from oracle.fasa_oracle import TILE
 
 GROUPS = (1, 3, 4, 7)  # query heads per KV head
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 BUDGETS = (1, 37, 64, 256)
+CACHE_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+BLOCK = 32  # values that a quantised type of these keeps together
 
 
 def pad(n, multiple=TILE):
@@ -24,6 +27,26 @@ def f16(rng, *shape):
 
 def f32(rng, *shape):
     return rng.standard_normal(shape, dtype=np.float32)
+
+
+def type_id(name):
+    """The number of a cache type in enum ggml_type."""
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def stored(values, name):
+    """What a cache of that type keeps of values [..., D]: (its bytes [..., size of a row], the values they mean)."""
+    kind = GGMLQuantizationType[name.upper()]
+    data = quants.quantize(np.ascontiguousarray(values, dtype=np.float32), kind)
+    return np.ascontiguousarray(data).view(np.uint8), quants.dequantize(data, kind)
+
+
+def exact_k(rng, *shape):
+    """K values whose sums are exact in float32 in any order, in every cache type: small whole numbers over 8, each block
+    holding both ends of the range, so that all blocks have one scale."""
+    k = rng.integers(-8, 9, (*shape[:-1], shape[-1] // BLOCK, BLOCK))
+    k[..., 0], k[..., 1] = 8, -8
+    return (k / 8).astype(np.float32).reshape(shape)
 
 
 def mask(rng, n, dtype, hidden=0.2, forced=0.05):

@@ -1,0 +1,189 @@
+"""The developer programs that measure: on tiny models and on rows made up here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.runtime import ON, Model, fasa_params
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+import bench_decode  # noqa: E402
+
+SHAPE = "--layers 3 --embd 128 --heads 6 --heads-kv 2 --head-size 64 --ff 96 --vocab 300 --n-tip 8 --ctx 4096 --quiet"
+
+
+def run(tool, *args):
+    command = [sys.executable, str(TOOLS / tool), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+def random_gguf(path, *args):
+    done = run("random_gguf.py", path, *SHAPE.split(), *args)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    return random_gguf(tmp_path_factory.mktemp("random") / "random.gguf")
+
+
+def test_random_gguf_decodes_sparse(random_model, rng):
+    with Model(random_model) as model:
+        assert model.calibrated() == (1, "")
+        assert model.n_vocab == 300
+        with fasa_params(ON, budget=64), model.context(n_ctx=1024) as context:
+            logits = [context.decode(rng.integers(3, 300, 600))]
+            logits += [context.decode([token]) for token in rng.integers(3, 300, 5)]
+            assert context.info().n_layer_sparse == 1 and context.info().n_tip_max == 8
+            assert context.stats().n_step_sparse == 5
+    assert np.isfinite(logits).all()
+    assert (np.std(logits, axis=1) > 0.1).all() and (np.std(logits, axis=0) > 0.01).all()
+
+
+def test_random_gguf_is_its_seed(random_model, tmp_path):
+    same, other = random_gguf(tmp_path / "same.gguf"), random_gguf(tmp_path / "other.gguf", "--seed", 1)
+    assert same.read_bytes() == random_model.read_bytes() != other.read_bytes()
+
+
+def test_random_gguf_with_a_tied_output(random_model, tmp_path):
+    tied = random_gguf(tmp_path / "tied.gguf", "--tie")
+    assert random_model.stat().st_size - tied.stat().st_size > 300 * 128 // 2
+    with Model(tied) as model, model.context(n_ctx=256) as context:
+        assert np.isfinite(context.decode([5, 6, 7])).all()
+
+
+@pytest.mark.parametrize(
+    "options", ["--n-tip 33", "--heads 5", "--ff 100", "--vocab 258", "--dense-layers 3", "--layers 0"]
+)
+def test_random_gguf_refuses(tmp_path, options):
+    done = run("random_gguf.py", tmp_path / "no.gguf", *SHAPE.split(), *options.split())
+    assert done.returncode != 0 and "must" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+LOG = """\
+fasa: mode off, budget 64, sink not set, recent not set, max batch not set, index type not set
+{"n_gen": 4, "samples_ts": [1.0]}
+load: something else
+fasa: mode on, budget 64, sink not set, recent not set, max batch not set, index type q8
+{"n_gen": 4, "samples_ts": [2.0]}
+fasa: budget 64, layers 2 sparse 1 dense, n_tip 8 to 9, index q8 10 bytes, kv 20 bytes, steps 4 sparse 3 dense 2 prefill
+fasa: mode on, budget 128, sink not set, recent not set, max batch not set
+{"n_gen": 4, "samples_ts": [3.0]}
+"""
+
+
+def test_bench_decode_pairs_settings_with_tests(capsys):
+    off, on, bare = bench_decode.parse_tests(LOG.splitlines(keepends=True))
+    assert off == (("off", 64), {"n_gen": 4, "samples_ts": [1.0]}, {})
+    assert on[0] == ("on", 64) and on[1]["samples_ts"] == [2.0]
+    assert [on[2][key] for key in ("n_step_sparse", "n_tip_max", "index_type", "kv_bytes")] == [4, 9, "q8", 20]
+    assert bare == (("on", 128), {"n_gen": 4, "samples_ts": [3.0]}, {})
+    assert capsys.readouterr().err == "load: something else\n"
+
+
+def test_bench_decode_modes_take_turns():
+    assert bench_decode.modes(3) == "off,on,on,off,off,on"
+
+
+def test_bench_decode(bin_dir, random_model, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    options = "--depth 0 600 --prompt 64 --budget 64 128 --index-type f16 q4 --rounds 1 --n-gen 2 --threads 1".split()
+    programs = ["--model", random_model, "--llama-bench", bin_dir / "llama-bench"]
+    done = run("bench_decode.py", *programs, *options, "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    ran = [(r["kind"], r["depth"], bench_decode.name(r)) for r in rows if r["fasa"]]
+    settings = ["64 f16", "128 f16", "64 q4", "128 q4"]
+    assert ran == [(*where, s) for where in (("decode", 0), ("decode", 600), ("prefill", 0)) for s in settings]
+    assert sum(not r["fasa"] for r in rows) == len(ran)
+    assert all(r["commit"] and r["pin"] and r["cpu"] and r["model_sha256"] and min(r["tokens_per_s"]) > 0 for r in rows)
+    assert len(done.stdout.splitlines()) == 2 + 3 * 5
+
+
+def test_bench_stages(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    shape = "--n-kv 96 --d 32 --n-head 6 --n-head-kv 2 --n-tip 4 --budget 48".split()
+    done = run("bench_stages.py", *shape, *"--threads 2 --rounds 2 --memory 0.01".split(), "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    of_type = ["index_write", "fasa", "tip", "select", "fac"]
+    want = [("flash_attn", None), ("dense", None)] + [(s, t) for t in ("f16", "q8", "q4") for s in of_type]
+    assert [(r["stage"], r["index_type"]) for r in rows] == want
+    assert all(0 < r["us_min"] <= r["us"] <= r["us_max"] and r["read_gb_s"] > 0 for r in rows)
+    n_bytes = {(r["stage"], r["index_type"]): r["bytes"] for r in rows}
+    assert n_bytes["dense", None] == 2 * 2 * 32 * 2 * 96 and n_bytes["tip", "f16"] == 2 * 8 * 2 * 96
+    assert n_bytes["fac", "q8"] == 2 * 2 * 32 * 2 * 48
+    assert len(done.stdout.splitlines()) == 2 + len(rows)
+
+
+def made_up_rows():
+    base = {"date": "2030-01-01T00:00:00+00:00", "commit": "c0ffee", "cpu": "some CPU", "n_cpu": 2}
+    for depth, off, on in [(0, 90.0, 88.0), (8000, 10.0, 70.0)]:
+        common = {**base, "kind": "decode", "model": "some.gguf", "depth": depth, "stats": {}}
+        yield {**common, "fasa": False, "tokens_per_s": [off - 1, off, off + 2]}
+        yield {**common, "fasa": True, "budget": 256, "index_type": "q8", "tokens_per_s": [on]}
+    common = {**base, "kind": "stage", "d": 64, "threads": 2, "read_gb_s": 20, "copy_gb_s": 18}
+    for n_kv in 2048, 131072:
+        for stage, index_type, us in [("flash_attn", None, n_kv), ("fasa", "q8", n_kv / 16)]:
+            times = {"us": us, "us_min": us, "us_max": us, "flash_attn_ratio": n_kv / us}
+            times.update(gb_s=1, share_of_read=0.05)
+            yield {**common, "n_kv": n_kv, "stage": stage, "index_type": index_type, "budget": 256, **times}
+    yield {**base, "gpu": "some GPU", "kind": "ops", "passed": "12/12"}
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    (tmp_path / "made-up.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made_up_rows()))
+    return tmp_path
+
+
+def test_plot_benchmarks(benchmarks):
+    pytest.importorskip("matplotlib")
+    done = run("plot_benchmarks.py", "--dir", benchmarks)
+    assert done.returncode == 0, done.stderr
+    pictures = {path.name: path.read_bytes() for path in benchmarks.glob("*.png")}
+    assert sorted(pictures) == ["decode-some-some-cpu-2-cores.png", "stages-some-cpu-2-cores.png"]
+    text = (benchmarks / "README.md").read_text(encoding="ascii")
+    assert all(f"]({name})" in text for name in pictures)
+    assert "|  | 8000 | off | 10.00 (9.00 to 12.00) | 1.00 | 0.11 |" in text
+    assert "|  | 8000 | 256 q8 | 70.00 (70.00 to 70.00) | 7.00 | 0.78 |" in text
+    assert "| 64 | 131072 | 2 | fasa | q8 | 256 | 8192.0 (8192.0 to 8192.0) | 1.00 | 5% | 16.00 |" in text
+    assert "| test-backend-ops | 12/12 |" in text
+    assert run("plot_benchmarks.py", "--dir", benchmarks).returncode == 0
+    assert pictures == {path.name: path.read_bytes() for path in benchmarks.glob("*.png")}
+
+
+def test_plot_benchmarks_check(benchmarks):
+    missing = run("plot_benchmarks.py", "--dir", benchmarks, "--check")
+    assert missing.returncode == 1 and "out of date" in missing.stderr
+    assert not (benchmarks / "README.md").exists()
+
+
+def test_plot_benchmarks_names_a_bad_line(benchmarks):
+    with (benchmarks / "made-up.jsonl").open("a") as file:
+        file.write('{"kind": "guess"}\n')
+    done = run("plot_benchmarks.py", "--dir", benchmarks)
+    assert done.returncode == 1 and "made-up.jsonl line 10" in done.stderr
+
+
+def test_benchmarks_page_is_up_to_date():
+    done = run("plot_benchmarks.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_bench_gpu_refuses(tmp_path):
+    for options, sentence in [
+        (["--only", "ops,lunch", "--bin", tmp_path], "there is no part 'lunch'"),
+        (["--bin", tmp_path], "llama-bench and test-backend-ops are not in"),
+        (["--bin"], "--bin: expected a value"),
+        (["--what", "x"], "unknown option --what"),
+    ]:
+        done = subprocess.run(["bash", TOOLS / "bench_gpu.sh", *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
