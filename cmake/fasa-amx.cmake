@@ -1,8 +1,8 @@
 # Some virtual machines advertise AMX and trap on its first instruction; ggml built with -march=native then dies in
 # prefill. So AMX is believed only after it has run here.
 
-if(CMAKE_CROSSCOMPILING OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$"
-        OR (DEFINED GGML_NATIVE AND NOT GGML_NATIVE) OR NOT CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+if(CMAKE_CROSSCOMPILING OR FASA_PORTABLE OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux"
+        OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" OR (DEFINED GGML_NATIVE AND NOT GGML_NATIVE) OR NOT CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     return()
 endif()
 

@@ -1,4 +1,5 @@
-# The layout of the wheel: fasa/lib, fasa/bin and the stock Python bindings in fasa/_vendor.
+# The layout of the wheel: fasa/lib, fasa/bin (programs, and backends that are loaded at run time) and the stock Python
+# bindings in fasa/_vendor.
 
 # Collects the shared libraries defined under DIR into OUT.
 function(fasa_collect_libraries DIR OUT)
@@ -31,7 +32,16 @@ function(fasa_install)
         set_property(TARGET ${library} PROPERTY PUBLIC_HEADER)
         set_property(TARGET ${library} PROPERTY PRIVATE_HEADER)
     endforeach()
-    install(TARGETS ${libraries} LIBRARY DESTINATION fasa/lib RUNTIME DESTINATION fasa/lib)
+    foreach(library IN LISTS libraries)
+        get_target_property(type ${library} TYPE)
+        if(library STREQUAL ggml-cpu-sapphirerapids)
+            continue() # AMX is not believed unseen, see fasa-amx; the next best runs on those machines, too
+        elseif(type STREQUAL MODULE_LIBRARY)
+            install(TARGETS ${library} LIBRARY DESTINATION fasa/bin) # ggml looks for backends beside the program
+        else()
+            install(TARGETS ${library} LIBRARY DESTINATION fasa/lib RUNTIME DESTINATION fasa/lib)
+        endif()
+    endforeach()
     install(TARGETS ${FASA_TOOLS} RUNTIME DESTINATION fasa/bin)
     if(SKBUILD)
         fasa_upstream_python(python)
