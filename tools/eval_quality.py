@@ -6,6 +6,7 @@ choice of FCs, the control that must come out clearly worse. Logits take n_vocab
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import re
@@ -49,11 +50,11 @@ def check_run(command):
 
 
 def table(rows):
-    lines = ["| variant | budget | ppl ratio | KL | top-1 % |", "|---|---|---|---|---|"]
+    lines = ["| variant | budget | index | ppl ratio | KL | top-1 % |", "|---|---|---|---|---|---|"]
     for r in rows:
         lines.append(
-            f"| {r['variant']} | {r['budget']} | {r['ppl_ratio']:.4f} | {r['kl']:.4f} +- {r['kl_err']:.4f} | "
-            f"{r['top1']:.2f} |"
+            f"| {r['variant']} | {r['budget']} | {r.get('index_type') or ''} | {r['ppl_ratio']:.4f} | "
+            f"{r['kl']:.4f} +- {r['kl_err']:.4f} | {r['top1']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -65,6 +66,9 @@ def main():
     parser.add_argument("--ctx", type=int, default=4096)
     parser.add_argument("--chunks", type=int, default=8, help="contexts evaluated, -1: all (default: 8)")
     parser.add_argument("--budget", type=int, nargs="+", default=[256])
+    parser.add_argument(
+        "--index-type", nargs="+", choices=["f16", "q8", "q4"], default=[None], help="(default: the program's)"
+    )
     parser.add_argument("--variants", nargs="+", choices=["mass", "ca", "random"], default=["mass", "ca", "random"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", help="folder for the copies and logits, kept (default: a temporary one)")
@@ -113,7 +117,7 @@ def main():
             copy = work / f"{variant}.gguf"
             more = ["--criterion", variant, *args.calibrate_args.split()]
             check_run([calibrate, args.model, "-o", copy, "--force", *more])
-            for budget in args.budget:
+            for budget, index_type in itertools.product(args.budget, args.index_type):
                 output = evaluate(
                     copy,
                     "--kl-divergence",
@@ -123,6 +127,7 @@ def main():
                     str(budget),
                     "--fasa-max-batch",
                     str(UBATCH),
+                    *(["--fasa-index-type", index_type] if index_type else []),
                 )
                 rows.append(
                     row(
@@ -130,6 +135,7 @@ def main():
                         copy,
                         variant=variant,
                         budget=budget,
+                        index_type=index_type,
                         ctx=args.ctx,
                         chunks=args.chunks,
                         text=pathlib.Path(args.text).name,
@@ -138,7 +144,7 @@ def main():
                     )
                 )
                 emit(rows[-1], args.out)
-                print(f"{variant} budget {budget}: KL {rows[-1]['kl']:.4f}", file=sys.stderr)
+                print(f"{variant} budget {budget} {index_type or ''}: KL {rows[-1]['kl']:.4f}", file=sys.stderr)
     print(table(rows))
 
 

@@ -16,11 +16,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def commit():
-    """Our commit, with "-dirty" if tracked files differ from it; "unknown" outside a checkout."""
+    """Our commit, with "-dirty" if tracked files differ from it; outside a checkout FASA_COMMIT, else "unknown"."""
     result = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
     )
-    return result.stdout.strip() or "unknown"
+    return result.stdout.strip() or os.environ.get("FASA_COMMIT", "unknown")
 
 
 def cpu_model():
@@ -31,6 +31,16 @@ def cpu_model():
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def gpu():
+    """The names of the NVIDIA GPUs, "" if there are none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return ", ".join(result.stdout.splitlines()) if result.returncode == 0 else ""
 
 
 def pin():
@@ -51,9 +61,8 @@ def _sha256(path, size, mtime):
     return digest.hexdigest()
 
 
-def row(kind, model, **settings):
-    """One measured row: what was measured (settings), on what and by which code."""
-    stat = os.stat(model)
+def row(kind, model=None, **settings):
+    """One measured row: what was measured (settings), on what and by which code; model: the GGUF file, if one was."""
     return {
         "kind": kind,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -63,10 +72,17 @@ def row(kind, model, **settings):
         "n_cpu": os.cpu_count(),
         "os": platform.platform(),
         "python": platform.python_version(),
+        **(_describe(model) if model else {}),
+        **settings,
+    }
+
+
+def _describe(model):
+    stat = os.stat(model)
+    return {
         "model": pathlib.Path(model).name,
         "model_bytes": stat.st_size,
         "model_sha256": _sha256(str(model), stat.st_size, stat.st_mtime_ns),
-        **settings,
     }
 
 
