@@ -96,7 +96,9 @@ run_sanitizer() {
     local tool result=0
     for tool in memcheck racecheck initcheck; do
         echo "compute-sanitizer --tool $tool"
-        if run_cases compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/test-backend-ops" -p "$cases"; then
+        # the test program copies whole tensors, also those that nothing has written yet: only kernels are of interest
+        if run_cases compute-sanitizer --tool "$tool" --check-api-memory-access no --error-exitcode 1 \
+            "$bin/test-backend-ops" -p "$cases"; then
             report sanitizer "tool=$tool" "passed=$n_passed"
         else
             result=1
