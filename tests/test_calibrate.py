@@ -310,7 +310,7 @@ def test_dense_layers_and_defaults(tmp_path):
 def test_an_invalid_calibration_can_be_replaced(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", extra={"fasa.version": 1, "fasa.n_tip": [99]})
     assert run(model) == 0
-    assert stored(model)["n_tip"] == [0, 0, 12, 12]
+    assert stored(model)["n_tip"] == [0, 0, 16, 16]
 
 
 def fails(capsys, model, *args, **kwargs):

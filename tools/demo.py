@@ -39,8 +39,8 @@ def field(reader, key):
 def kv_bytes(path, n_kv, budget=None):
     """Bytes of K, V and index that one decode step reads with n_kv cached tokens; dense without a budget.
 
-    A dense layer reads n_kv rows of K and V of every KV head. A sparse one reads the index, 2 * n_tip values a token
-    and KV head, and K and V of the budget tokens it selects.
+    A dense layer reads n_kv rows of K and V of every KV head. A sparse one reads the index, 2 * n_tip values of 4 bits
+    and a scale a token and KV head, and K and V of the budget tokens it selects.
     """
     reader = GGUFReader(path)
     arch = field(reader, "general.architecture")
@@ -52,7 +52,7 @@ def kv_bytes(path, n_kv, budget=None):
         if budget is None or n_tip == 0 or n_kv <= budget:
             total += n_head_kv * n_kv * (d_k + d_v) * F16
         else:
-            total += n_head_kv * (n_kv * 2 * n_tip + budget * (d_k + d_v)) * F16
+            total += n_head_kv * (n_kv * (F16 + -(-n_tip // 4) * 4) + budget * (d_k + d_v) * F16)
     return total
 
 

@@ -9,16 +9,12 @@ import numpy as np
 from .criteria import CHOOSE, Group, Rules
 from .errors import CalibrateError
 
-# FCs of a head when --n-tip is not given: (largest head size, FCs), the first that fits
-DEFAULT_N_TIP = ((64, 12), (1 << 30, 16))
-
-
 @dataclass(frozen=True)
 class Options:
     """What decides the result, for a given model and text."""
 
     criterion: str = "mass"
-    n_tip: int = None  # None: see DEFAULT_N_TIP
+    n_tip: int = 16  # or all FCs of a head that has fewer
     rules: Rules = field(default_factory=Rules)
     n_ctx: int = 4096
     n_query: int = 48
@@ -37,10 +33,6 @@ class Calibration:
     fcs: dict
     n_tokens: int
     n_query: int
-
-
-def default_n_tip(head_size):
-    return next(n for limit, n in DEFAULT_N_TIP if head_size <= limit)
 
 
 def query_positions(n_tokens, n_query, budget, seed):
@@ -84,9 +76,9 @@ def calibrate(model, text, options, n_threads, progress=None):
 def _choose_layer(attention, positions, options, pool):
     if attention.n_rot % 2 or not 2 <= attention.n_rot <= attention.k.shape[-1]:
         raise CalibrateError(f"layer {attention.layer} rotates {attention.n_rot} dims, which is not supported")
-    n_head_kv, _, head_size = attention.k.shape
+    n_head_kv = len(attention.k)
     n_group = attention.q.shape[1] // n_head_kv
-    n_tip = min(options.n_tip or default_n_tip(head_size), attention.n_rot // 2)
+    n_tip = min(options.n_tip, attention.n_rot // 2)
 
     def choose(head):
         heads = slice(head * n_group, (head + 1) * n_group)

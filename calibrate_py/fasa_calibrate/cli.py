@@ -9,7 +9,7 @@ from importlib import resources
 from tqdm import tqdm
 
 from . import __version__
-from .calibrate import DEFAULT_N_TIP, Options, calibrate, sha256_text
+from .calibrate import Options, calibrate, sha256_text
 from .criteria import CRITERIA, Rules
 from .errors import CalibrateError
 from .gguf_file import read_gguf
@@ -33,8 +33,6 @@ def build_parser():
         parse.__name__ = "integer"  # what argparse calls it in messages
         return parse
 
-    n_tip = ", ".join(f"{n} for heads of up to {limit} dims" for limit, n in DEFAULT_N_TIP[:-1])
-    n_tip += f", {DEFAULT_N_TIP[-1][1]} for larger ones"
     options, rules = Options(), Rules()
     parser = argparse.ArgumentParser(
         prog="fasa-calibrate",
@@ -50,7 +48,7 @@ def build_parser():
     add("--criterion", choices=CRITERIA, default=options.criterion,
         help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
         " paper's contextual agreement; random, a control (default: %(default)s)")
-    add("--n-tip", type=integer(1, 4096), metavar="N", help=f"FCs per head (default: {n_tip})")
+    add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip, help="FCs per head (default: %(default)s)")
     add("--n-ctx", type=integer(1), metavar="N", default=options.n_ctx,
         help="most tokens of the text to use (default: %(default)s)")
     add("--n-query", type=integer(1), metavar="N", default=options.n_query,
