@@ -292,7 +292,7 @@ def test_a_window_longer_than_the_text_is_still_recognised(tmp_path):
 def test_same_seed_same_result(tmp_path):
     def fcs(*args):
         model = write_tiny_gguf(tmp_path / "tiny.gguf")
-        assert run(model, *args) == 0
+        assert run(model, "--n-tip", "12", *args) == 0  # of 16
         return stored(model)["fc"]
 
     assert fcs() == fcs("--threads", "1")
