@@ -280,6 +280,7 @@ class StageCalls:
             self.mask,
             True,
             s.n_kv,
+            s.budget,
             self.scratch[g],
             self.scores[g],
             False,
