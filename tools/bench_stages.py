@@ -280,7 +280,6 @@ class StageCalls:
             self.mask,
             True,
             s.n_kv,
-            s.budget,
             self.scratch[g],
             self.scores[g],
             False,

@@ -98,9 +98,6 @@ struct attn_op {
     fasa::index_plane index_plane(int64_t g, int64_t s) const {
         return { op_index_type(dst), n_dim, (const char *) index->data + g*index->nb[2] + s*index->nb[3] };
     }
-    fasa::tip_input tip_input(int64_t g, int64_t t, int64_t s, const float * query) const {
-        return { query, n_group, index_plane(g, s), mask_at(t, s), n_kv, n_sel };
-    }
     fasa::mask_row mask_at(int64_t t, int64_t s) const {
         return { (const char *) mask->data + t*mask->nb[1] + s*mask->nb[3], mask->type == GGML_TYPE_F16 };
     }
@@ -160,17 +157,17 @@ struct layout {
 // Scratch of a team for the groups of one row.
 struct row_scratch {
     layout all;
-    size_t weight, sums, scores, keys, cells, n_cells, part;
-    size_t own, q_tip, query, factor, bound, some, fac, total; // of each thread, from own + ith*total
+    size_t weight, peak, sum, scores, cells, n_cells, part;
+    size_t own, q_tip, query, factor, fac, total; // of each thread, from own + ith*total
 
     row_scratch(const attn_op & op, int64_t n_groups, int nth) {
-        const int64_t         R  = op.n_group;
-        const fasa::tip_input in = op.tip_input(0, 0, 0, nullptr);
+        const int64_t R       = op.n_group;
+        const int64_t n_chunk = fasa::n_tip_chunk(op.n_kv);
 
-        weight  = all.take(in.keeps_weights() ? n_groups*R*op.stride : 0);
-        sums    = all.take(n_groups*fasa::tip_sums::size(in));
+        weight  = all.take(n_groups*R*op.stride);
+        peak    = all.take(n_groups*R*n_chunk);
+        sum     = all.take(n_groups*R*n_chunk);
         scores  = all.take(n_groups*op.stride);
-        keys    = all.take(n_groups*op.stride);
         cells   = all.take(n_groups*op.n_sel);
         n_cells = all.take(n_groups);
         part    = all.take(n_groups*R*fasa::n_fac_chunk(op.n_sel)*(op.d_v + 2));
@@ -178,9 +175,7 @@ struct row_scratch {
         layout mine;
         q_tip   = mine.take(R*op.n_dim + op.d_k);
         query   = mine.take(R*fasa::tip_query_size(op.n_dim));
-        factor  = mine.take(R*in.n_chunk());
-        bound   = mine.take(in.n_tile());
-        some    = mine.take(in.keeps_weights() ? 0 : R*fasa::TIP_CHUNK);
+        factor  = mine.take(R*n_chunk);
         fac     = mine.take(fasa::fac_thread_scratch(R, std::max(op.d_k, op.d_v)));
         total   = mine.size;
         own     = all.take(nth*total);
@@ -196,6 +191,9 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
     const int64_t fac_chunk = fasa::n_fac_chunk(op.n_sel);
     const size_t  part_size = R*(op.d_v + 2);
 
+    float   * weight  = scratch + at.weight;
+    float   * peak    = scratch + at.peak;
+    float   * sum     = scratch + at.sum;
     float   * scores  = scratch + at.scores;
     int32_t * cells   = (int32_t *) (scratch + at.cells);
     int32_t * n_cells = (int32_t *) (scratch + at.n_cells);
@@ -206,44 +204,41 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
     float * query  = own + at.query;
     float * factor = own + at.factor;
 
-    // calls fn(group, chunk, whether the group is another than in the call before, what tip works on, its sums, its weights)
-    // for this thread's chunks
+    const fasa::mask_row mask = op.mask_at(t, s);
+
+    // calls fn(group, chunk, whether the group is another than in the call before) for this thread's chunks
     auto for_tip_chunks = [&](auto && fn) {
         const int64_t first = team.first(n_groups*tip_chunk);
         for (int64_t i = first; i < team.last(n_groups*tip_chunk); ++i) {
-            const int64_t         g    = i/tip_chunk;
-            const bool            next = i == first || i%tip_chunk == 0;
-            const fasa::tip_input in   = op.tip_input(g0 + g, t, s, query);
-            const fasa::tip_sums  sums(in, scratch + at.sums + g*fasa::tip_sums::size(in));
-            if (next) {
-                op.gather_q(g0 + g, t, s, q_tip + R*op.n_dim, q_tip);
-                fasa::tip_query(q_tip, R, op.n_dim, in.index.type, query);
-            }
-            fn(g, i%tip_chunk, next, in, sums, in.keeps_weights() ? scratch + at.weight + g*R*op.stride : own + at.some);
+            fn(i/tip_chunk, i%tip_chunk, i == first || i%tip_chunk == 0);
         }
     };
 
-    for_tip_chunks([](int64_t, int64_t chunk, bool, const auto & in, const auto & sums, float * weight) {
-        fasa::tip_chunk(in, chunk, weight, sums);
+    for_tip_chunks([&](int64_t g, int64_t chunk, bool new_group) {
+        if (new_group) {
+            op.gather_q(g0 + g, t, s, q_tip + R*op.n_dim, q_tip);
+            fasa::tip_query(q_tip, R, op.n_dim, op_index_type(op.dst), query);
+        }
+        fasa::tip_chunk(query, R, op.index_plane(g0 + g, s), mask, op.n_kv, chunk,
+                weight + g*R*op.stride, op.stride, peak + g*R*tip_chunk, sum + g*R*tip_chunk);
     });
     team.wait();
 
-    float bound = 0.0f;
-    for_tip_chunks([&](int64_t g, int64_t chunk, bool next, const auto & in, const auto & sums, float * weight) {
-        if (next) {
-            fasa::tip_factors(in, sums, factor);
-            bound = fasa::tip_bound(in, sums, factor, (uint32_t *) (own + at.bound));
+    for_tip_chunks([&](int64_t g, int64_t chunk, bool new_group) {
+        if (new_group) {
+            fasa::tip_factors(R, tip_chunk, peak + g*R*tip_chunk, sum + g*R*tip_chunk, factor);
         }
-        fasa::tip_combine(in, chunk, weight, sums, factor, bound, scores + g*op.stride);
+        fasa::tip_combine(weight + g*R*op.stride, op.stride, R, factor, mask, op.n_kv, chunk, scores + g*op.stride);
     });
     team.wait();
 
     for (int64_t g = 0; g < n_groups; ++g) {
-        if (team.has(g*tip_chunk + tip_chunk/2, n_groups*tip_chunk)) { // the thread that has most of the scores in its cache
-            uint32_t * keys = (uint32_t *) (scratch + at.keys) + g*op.stride;
-            n_cells[g] = (int32_t) ggml_fasa_cpu_select(
-                    scores + g*op.stride, op.n_kv, op.n_sel, keys, cells + g*op.n_sel, false);
+        if (!team.has(g*tip_chunk + tip_chunk/2, n_groups*tip_chunk)) {
+            continue; // for the thread that has most of the group's scores in its cache
         }
+        uint32_t * keys = (uint32_t *) (weight + g*R*op.stride); // the weights are done with
+        n_cells[g] = (int32_t) ggml_fasa_cpu_select(
+                scores + g*op.stride, op.n_kv, op.n_sel, keys, cells + g*op.n_sel, false);
     }
     team.wait();
 
@@ -334,7 +329,7 @@ void ref_row(const attn_op & op, int64_t t, int64_t s, int64_t g, float * scratc
         const fasa::index_plane index = op.index_plane(g, s);
         op.gather_q(g, t, s, q_tip + op.n_group*op.n_dim, q_tip);
         ggml_fasa_cpu_tip(q_tip, op.n_group, op.n_dim, index.type, index.data, mask.data, mask.f16, op.n_kv,
-                op.n_sel, work, scores, true);
+                work, scores, true);
     }
     const int64_t n = ggml_fasa_cpu_select(scores, op.n_kv, op.n_sel, nullptr, cells, true);
 

@@ -191,8 +191,7 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
 }
 
 // Turns the S of a chunk and head into weights in place: n_cells values, whole tiles. top: [n_tile], n_group apart, or NULL.
-static void tip_weights(
-        float * w, int64_t n_cells, int64_t n_group, float * largest, float * peak, float * total, float * top) {
+static void tip_weights(float * w, int64_t n_cells, int64_t n_group, float * largest, float * peak, float * total, float * top) {
     vec vmax = splat(-INFINITY);
     for (int64_t t = 0; t < n_cells; t += W) {
         vmax = max(vmax, load(w + t));
@@ -288,36 +287,28 @@ void tip_factors(const tip_input & in, const tip_sums & sums, float * factor) {
     }
 }
 
-float tip_bound(const tip_input & in, const tip_sums & sums, const float * factor, uint32_t * keys) {
-    constexpr int64_t CHUNK_TILES = TIP_CHUNK/TILE;
+// Rounding never turns the order of sums of such terms round, so bounds made in the same way as scores hold exactly.
+static vec tip_sum(vec factor, vec weight, vec sum) {
+    return fma(factor, weight, sum);
+}
 
+float tip_bound(const tip_input & in, const tip_sums & sums, const float * factor, uint32_t * keys) {
+    const int64_t R = in.n_group;
     if (in.keeps_weights()) {
         return 0.0f;
     }
+    // the best cell of a tile by one head has at least that head's share
     for (int64_t t = 0; t < in.n_tile(); ++t) {
-        float least = 0.0f; // that the best cell of the tile scores, since it has at least the share of one head
-        for (int64_t h = 0; h < in.n_group; ++h) {
-            least = std::max(least, factor[t/CHUNK_TILES*in.n_group + h]*sums.top[t*in.n_group + h]);
+        float least = 0.0f;
+        for (int64_t h = 0; h < R; ++h) {
+            least = std::max(least, factor[t/(TIP_CHUNK/TILE)*R + h]*sums.top[t*R + h]);
         }
         memcpy(keys + t, &least, sizeof(least));
     }
     float   bound;
     int64_t n_equal;
     select_threshold(keys, in.n_tile(), in.budget, &bound, &n_equal);
-    return bound*0.99999f; // whatever was rounded
-}
-
-// The weights of a tile, [n_group][TIP_CHUNK], once more.
-static void tip_weights_again(const tip_input & in, const tip_sums & sums, int64_t tile, float * weight) {
-    const int64_t at = tile/(TIP_CHUNK/TILE)*in.n_group;
-
-    tip_tile_heads(in.query, in.n_group, in.index.n_dim, in.index.type, in.index.tile(tile), weight, TIP_CHUNK);
-    for (int64_t h = 0; h < in.n_group; ++h) {
-        float * w = weight + h*TIP_CHUNK;
-        for (int64_t i = 0; i < TILE; i += W) {
-            store(w + i, exp_scaled(load(w + i), splat(sums.largest[at + h]), splat(sums.peak[at + h])));
-        }
-    }
+    return bound;
 }
 
 void tip_combine(
@@ -332,33 +323,20 @@ void tip_combine(
     for (int64_t t = chunk*TIP_CHUNK; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
-        float * w    = weight + t;
+        float * w    = in.keeps_weights() ? weight + t : weight;
         bool    best = true;
         if (!in.keeps_weights()) {
             float most = 0.0f;
             for (int64_t h = 0; h < R; ++h) {
-                most += factor[h]*sums.top[t/TILE*R + h];
+                most = std::fma(factor[h], sums.top[t/TILE*R + h], most);
             }
-            w    = weight;
             best = most >= bound;
-            if (best) {
-                tip_weights_again(in, sums, t/TILE, w);
-            }
         }
-        for (int64_t i = 0; i < TILE; i += W) {
-            vec s = zero();
-            for (int64_t h = 0; best && h < R; ++h) {
-                s = fma(splat(factor[h]), load(w + h*stride + i), s);
-            }
-            store(scores + t + i, s);
-        }
-        if (in.mask.kind(t, n) != mask_row::ALL_PLAIN) {
-            for (int64_t i = t; i < t + n; ++i) {
-                if (in.mask.hidden(i)) {
-                    scores[i] = -INFINITY;
-                } else if (in.mask.forced(i)) {
-                    scores[i] = INFINITY;
-                }
+        if (!best) {
+            std::fill(scores + t, scores + t + TILE, 0.0f);
+        } else {
+            if (!in.keeps_weights()) {
+                tip_tile_heads(in.query, R, in.index.n_dim, in.index.type, in.index.tile(t/TILE), w, stride);
             }
         }
     }
@@ -428,36 +406,33 @@ static void tip_ref(
 } // namespace fasa
 
 size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_dim, int64_t n_kv) {
-    const int64_t n_tile = GGML_PAD(n_kv, GGML_FASA_TILE)/GGML_FASA_TILE;
-    return n_group*(fasa::tip_query_size(n_dim) + std::max(n_tile*GGML_FASA_TILE, fasa::TIP_CHUNK) +
-            4*fasa::n_tip_chunk(n_kv) + n_tile) + n_tile;
+    return n_group*(fasa::tip_query_size(n_dim) + GGML_PAD(n_kv, GGML_FASA_TILE) + 3*fasa::n_tip_chunk(n_kv));
 }
 
 void ggml_fasa_cpu_tip(
         const float * q, int64_t n_group, int64_t n_dim, int index_type, const void * index,
-        const void * mask, bool mask_f16, int64_t n_kv, int64_t budget, float * scratch, float * scores, bool use_ref) {
-    const fasa::index_plane plane = { (ggml_fasa_index_type) index_type, n_dim, index };
+        const void * mask, bool mask_f16, int64_t n_kv, float * scratch, float * scores, bool use_ref) {
+    const fasa::index_plane plane   = { (ggml_fasa_index_type) index_type, n_dim, index };
+    const fasa::mask_row    row     = { mask, mask_f16 };
+    const int64_t           stride  = GGML_PAD(n_kv, GGML_FASA_TILE);
+    const int64_t           n_chunk = fasa::n_tip_chunk(n_kv);
 
-    float * query = scratch;
-    scratch += n_group*fasa::tip_query_size(n_dim);
+    float * weight = scratch;
+    float * query  = weight + n_group*stride;
     if (use_ref) {
-        fasa::tip_ref(q, n_group, plane, { mask, mask_f16 }, n_kv, query, scratch, scores);
+        fasa::tip_ref(q, n_group, plane, row, n_kv, query, weight, scores);
         return;
     }
 
-    const fasa::tip_input in = { query, n_group, plane, { mask, mask_f16 }, n_kv, budget };
-    const fasa::tip_sums  sums(in, scratch);
-    float * factor = scratch + fasa::tip_sums::size(in);
-    float * keys   = factor + n_group*in.n_chunk();
-    float * weight = keys + in.n_tile();
-
+    float * peak   = query + n_group*fasa::tip_query_size(n_dim);
+    float * total  = peak  + n_group*n_chunk;
+    float * factor = total + n_group*n_chunk;
     fasa::tip_query(q, n_group, n_dim, plane.type, query);
-    for (int64_t c = 0; c < in.n_chunk(); ++c) {
-        fasa::tip_chunk(in, c, weight, sums);
+    for (int64_t c = 0; c < n_chunk; ++c) {
+        fasa::tip_chunk(query, n_group, plane, row, n_kv, c, weight, stride, peak, total);
     }
-    fasa::tip_factors(in, sums, factor);
-    const float bound = fasa::tip_bound(in, sums, factor, (uint32_t *) keys);
-    for (int64_t c = 0; c < in.n_chunk(); ++c) {
-        fasa::tip_combine(in, c, weight, sums, factor, bound, scores);
+    fasa::tip_factors(n_group, n_chunk, peak, total, factor);
+    for (int64_t c = 0; c < n_chunk; ++c) {
+        fasa::tip_combine(weight, stride, n_group, factor, row, n_kv, c, scores);
     }
 }

@@ -30,13 +30,12 @@ GGML_BACKEND_API size_t ggml_fasa_cpu_fac_scratch(int64_t n_group, int64_t n_cel
 //   q       : [n_group][n_dim]  the dominant dims of the group's queries, already multiplied by scale
 //   index   : the head's plane
 //   mask    : n_kv values of F16 (mask_f16) or F32, see ggml_fasa_attn
-//   budget  : cells to be selected: scores of cells that are not among so many best may be 0, n_kv for exact ones
 //   scratch : ggml_fasa_cpu_tip_scratch floats
 //   scores  : [n_kv] out: sum over the group's heads of softmax(tip), -inf where hidden, +inf where always selected; the
 //             rest of the last tile is written, too
 GGML_BACKEND_API void ggml_fasa_cpu_tip(
         const float * q, int64_t n_group, int64_t n_dim, int index_type, const void * index,
-        const void * mask, bool mask_f16, int64_t n_kv, int64_t budget, float * scratch, float * scores, bool use_ref);
+        const void * mask, bool mask_f16, int64_t n_kv, float * scratch, float * scores, bool use_ref);
 
 // Stage select: the budget best cells, by score descending then cell ascending; never one with score -inf.
 //   scores  : [n_kv] each >= 0 or infinite
