@@ -17,7 +17,7 @@ TILE = oracle.TILE
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of the op in C order; letters as in ggml-fasa.h. A cache of type_k or type_v keeps the values of k or v."""
+    """Inputs of the op in C order; letters as in ggml-fasa.h. K and V hold values, which a cache of their type keeps."""
 
     q: np.ndarray  # f32 [S, H, T, D], before rotation
     k: np.ndarray  # [S, n_cells, G, D], the cache, rotated if hadamard is not 0
@@ -91,8 +91,7 @@ def run(case, n_threads=2, use_ref=False, permuted_q=True, dense=False):
     n_stream, n_cells, n_head_kv, d = case.k.shape
     d_v, n_kv = case.v.shape[3], case.mask.shape[2]
     n_head, n_row = case.q.shape[1:3]
-    n_out = n_stream * n_row * n_head * d_v
-    size = 2 * (case.q.nbytes + case.mask.nbytes) + 6 * (case.k.size + case.v.size) + 4 * n_out
+    size = sum(a.nbytes for a in (case.q, case.mask)) * 2 + (case.k.size + case.v.size) * 6 + n_stream * n_row * n_head * d_v * 4
     with Graph(size) as g:
         k_cache = g.cache(case.k.reshape(1, n_stream, n_cells, n_head_kv * d), case.type_k)
         v_cache = g.cache(case.v.reshape(1, n_stream, n_cells, n_head_kv * d_v), case.type_v)

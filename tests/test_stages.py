@@ -49,8 +49,7 @@ def run_tip(q, index, mask, use_ref, index_type="f16"):
     scores = np.full(shapes.pad(n_kv) + TILE, np.nan, np.float32)
     lib.ggml_fasa_cpu_tip(
         pointer(q, "float *"), n_group, n_dim, oracle.INDEX_TYPES.index(index_type), pointer(index, "void *"),
-        pointer(mask, "void *"), mask.dtype == np.float16, n_kv,
-        pointer(scratch, "float *"), pointer(scores, "float *"), use_ref,
+        pointer(mask, "void *"), mask.dtype == np.float16, n_kv, pointer(scratch, "float *"), pointer(scores, "float *"), use_ref,
     )  # fmt: skip
     assert np.isnan(scores[-TILE:]).all(), "tip wrote past its scores"
     assert np.isnan(scratch[-TILE:]).all(), "tip wrote past its scratch"
@@ -64,9 +63,8 @@ def run_select(scores, budget, use_ref):
     cells = np.full(n_out + TILE, -7, np.int32)
     scratch = np.full(len(scores) + TILE, 7, np.uint32)
     n = lib.ggml_fasa_cpu_select(
-        pointer(scores, "float *"), len(scores), budget, pointer(scratch, "uint32_t *"), pointer(cells, "int32_t *"),
-        use_ref,
-    )  # fmt: skip
+        pointer(scores, "float *"), len(scores), budget, pointer(scratch, "uint32_t *"), pointer(cells, "int32_t *"), use_ref
+    )
     assert 0 <= n <= n_out
     assert (cells[n_out:] == -7).all(), "select wrote past its output"
     assert (scratch[len(scores) :] == 7).all(), "select wrote past its scratch"
@@ -274,8 +272,7 @@ def test_tip_of_equal_cells_among_others_is_equal(rng, index_type, use_ref):
     rows[cells] = rows[cells[0]] * np.float16(0.5)
     index = oracle.index_cache(
         np.concatenate([rows, np.zeros((shapes.pad(n_kv) - n_kv, n_dim), np.float16)])[None, :, None],
-        np.arange(n_kv), oracle.new_index(1, 1, shapes.pad(n_kv), n_dim, index_type), np.arange(n_dim)[None],
-        index_type,
+        np.arange(n_kv), oracle.new_index(1, 1, shapes.pad(n_kv), n_dim, index_type), np.arange(n_dim)[None], index_type,
     )  # fmt: skip
     for n_group in (1, 3, 4):
         q = shapes.f32(rng, n_group, n_dim)

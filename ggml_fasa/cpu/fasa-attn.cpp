@@ -237,8 +237,7 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
             continue; // for the thread that has most of the group's scores in its cache
         }
         uint32_t * keys = (uint32_t *) (weight + g*R*op.stride); // the weights are done with
-        n_cells[g] = (int32_t) ggml_fasa_cpu_select(
-                scores + g*op.stride, op.n_kv, op.n_sel, keys, cells + g*op.n_sel, false);
+        n_cells[g] = (int32_t) ggml_fasa_cpu_select(scores + g*op.stride, op.n_kv, op.n_sel, keys, cells + g*op.n_sel, false);
     }
     team.wait();
 
@@ -328,8 +327,7 @@ void ref_row(const attn_op & op, int64_t t, int64_t s, int64_t g, float * scratc
     } else {
         const fasa::index_plane index = op.index_plane(g, s);
         op.gather_q(g, t, s, q_tip + op.n_group*op.n_dim, q_tip);
-        ggml_fasa_cpu_tip(q_tip, op.n_group, op.n_dim, index.type, index.data, mask.data, mask.f16, op.n_kv,
-                work, scores, true);
+        ggml_fasa_cpu_tip(q_tip, op.n_group, op.n_dim, index.type, index.data, mask.data, mask.f16, op.n_kv, work, scores, true);
     }
     const int64_t n = ggml_fasa_cpu_select(scores, op.n_kv, op.n_sel, nullptr, cells, true);
 

@@ -269,8 +269,7 @@ void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chun
     fac_cells(in, cells, n, scratch, part);
 }
 
-void fac_merge(
-        const float * part, int64_t n_group, int64_t d_v, int64_t n_chunk, int64_t head, const float * sink, float * out) {
+void fac_merge(const float * part, int64_t n_group, int64_t d_v, int64_t n_chunk, int64_t head, const float * sink, float * out) {
     auto chunk_part = [&](int64_t c) { return part + (c*n_group + head)*(d_v + 2); };
 
     float top = -INFINITY;
@@ -361,9 +360,7 @@ void ggml_fasa_cpu_fac(
         const void * v, int type_v, size_t v_stride, int64_t d_k, int64_t d_v, const int32_t * cells, int64_t n_cells,
         float scale, float softcap, const float * sinks, float * scratch, float * out, int64_t out_stride, bool use_ref) {
     const fasa::fac_input in = {
-        q, n_group, q_stride,
-        { k, (ggml_type) type_k, k_stride, d_k }, { v, (ggml_type) type_v, v_stride, d_v },
-        scale, softcap,
+        q, n_group, q_stride, { k, (ggml_type) type_k, k_stride, d_k }, { v, (ggml_type) type_v, v_stride, d_v }, scale, softcap,
     };
     if (use_ref) {
         fasa::fac_ref(in, cells, n_cells, sinks, scratch, out, out_stride);

@@ -76,7 +76,9 @@ static float select_bound(const float * scores, int64_t n_kv, int64_t budget) {
     return score_of(key << SHIFT);
 }
 
-void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float * threshold, int64_t * n_equal) {
+// Finds the smallest selected score, and how many cells with exactly that score fit, from the keys of the n cells that can
+// be among the best, of which there are more than budget. Overwrites keys.
+static void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float * threshold, int64_t * n_equal) {
     uint32_t key  = 0;      // digits of the threshold found so far
     int64_t  need = budget; // cells still to place among those that begin with them
 

@@ -103,7 +103,7 @@ inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 inline uint32_t ge_bits(vec a, vec b)              { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
-inline vec   round(vec a)                          { return _mm256_round_ps(a, _MM_FROUND_NINT); }
+inline vec   round(vec a)                          { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vec   ldexp(vec a, vec n) { // n in [-126, 127]
     const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(a, _mm256_castsi256_ps(e));

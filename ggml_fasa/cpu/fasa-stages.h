@@ -62,62 +62,20 @@ inline int64_t tip_query_size(int64_t n_dim) { return n_dim + 2; }
 // Makes tip's queries [n_group][tip_query_size] out of floats [n_group][n_dim] that are multiplied by scale.
 void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, float * query);
 
-// What tip works on: the queries of one KV group (see tip_query), the group's index, and one row of the mask.
-struct tip_input {
-    const float * query;
-    int64_t       n_group;
-    index_plane   index;
-    mask_row      mask;
-    int64_t       n_kv;
-    int64_t       budget;
-
-    int64_t n_chunk() const { return n_tip_chunk(n_kv); }
-    int64_t n_tile()  const { return (n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE; }
-
-    // Whether the weights of all cells are kept from tip_chunk to tip_combine. Where there are many tiles for each cell of
-    // the budget, memory is slower than scoring once more the few tiles that can hold one of the best cells.
-    bool keeps_weights() const { return n_tile() < 4*budget; }
-
-    // Of a buffer of weights, [n_group][weight_stride]: all cells, or those of a chunk.
-    int64_t weight_stride() const { return keeps_weights() ? GGML_PAD(n_kv, GGML_FASA_TILE) : TIP_CHUNK; }
-};
-
-// What is known of a chunk and head, [n_chunk][n_group], once tip_chunk has been there; and of a tile, [n_tile][n_group], where
-// weights are not kept.
-struct tip_sums {
-    float * largest; // S_h, -inf if no cell is visible
-    float * peak;    // exponent of the power of two nearest exp(largest)
-    float * total;   // sum of weights
-    float * top;     // largest weight, 0 if no cell is visible
-
-    static size_t size(const tip_input & in) {
-        return in.n_group*(3*in.n_chunk() + (in.keeps_weights() ? 0 : in.n_tile()));
-    }
-    tip_sums(const tip_input & in, float * data) :
-        largest(data),
-        peak (largest + in.n_group*in.n_chunk()),
-        total(peak    + in.n_group*in.n_chunk()),
-        top  (total   + in.n_group*in.n_chunk()) {}
-};
-
-// tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, next to 0 where hidden.
-void tip_chunk(const tip_input & in, int64_t chunk, float * weight, const tip_sums & sums);
+// tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, 0 where hidden. peak and total are [n_chunk][n_group]:
+// the power of two nearest the chunk's largest exp(S_h), as an exponent (-inf if it shows no cell), and its sum of
+// weights. Rows of weight are stride floats apart.
+void tip_chunk(
+        const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
+        float * weight, int64_t stride, float * peak, float * total);
 
 // Once all chunks are done: the factors [n_chunk][n_group] that make weights softmax values.
-void tip_factors(const tip_input & in, const tip_sums & sums, float * factor);
+void tip_factors(int64_t n_group, int64_t n_chunk, const float * peak, const float * total, float * factor);
 
-// A score that budget cells reach, 0 if weights are kept. keys: scratch [n_tile].
-float tip_bound(const tip_input & in, const tip_sums & sums, const float * factor, uint32_t * keys);
-
-// One chunk of scores[t] = sum_h factor * weight[h][t], or 0 in tiles that cannot reach the bound; -inf where hidden, +inf
-// where forced. Writes whole tiles.
+// One chunk of scores[t] = sum_h factor * weight[h][t], -inf where hidden, +inf where forced. Writes whole tiles.
 void tip_combine(
-        const tip_input & in, int64_t chunk, float * weight, const tip_sums & sums, const float * factor, float bound,
-        float * scores);
-
-// Finds the budget-th largest of n > budget values >= 0, given by their bits, and how many of those equal to it are among
-// the budget largest. Overwrites keys.
-void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float * threshold, int64_t * n_equal);
+        const float * weight, int64_t stride, int64_t n_group, const float * factor, mask_row mask, int64_t n_kv,
+        int64_t chunk, float * scores);
 
 // What fac reads for one KV group and one query row.
 struct fac_input {
@@ -143,7 +101,6 @@ void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chun
 
 // Once all chunks are done: attention output of one head, out[d_v]. part: [n_chunk] parts; sink: the head's attention sink
 // or NULL.
-void fac_merge(
-        const float * part, int64_t n_group, int64_t d_v, int64_t n_chunk, int64_t head, const float * sink, float * out);
+void fac_merge(const float * part, int64_t n_group, int64_t d_v, int64_t n_chunk, int64_t head, const float * sink, float * out);
 
 } // namespace fasa

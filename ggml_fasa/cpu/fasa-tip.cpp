@@ -190,153 +190,101 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
     }
 }
 
-// Turns the S of a chunk and head into weights in place: n_cells values, whole tiles. top: [n_tile], n_group apart, or NULL.
-static void tip_weights(float * w, int64_t n_cells, int64_t n_group, float * largest, float * peak, float * total, float * top) {
-    vec vmax = splat(-INFINITY);
-    for (int64_t t = 0; t < n_cells; t += W) {
-        vmax = max(vmax, load(w + t));
-    }
-    const float m = hmax(vmax);
-
-    // weights of equal cells in different chunks must differ by a power of two only, else rounding breaks their tie
-    vec sum = zero();
-    vec n   = splat(m);
-    if (m > -INFINITY) {
-        n = exp2_round(n);
-        for (int64_t t = 0; t < n_cells; t += TILE) {
-            vec tile = zero();
-            for (int64_t i = t; i < t + TILE; i += W) {
-                const vec e = exp_scaled(load(w + i), splat(m), n);
-                sum  = add(sum, e);
-                tile = max(tile, e);
-                store(w + i, e);
-            }
-            if (top) {
-                top[t/TILE*n_group] = hmax(tile);
-            }
-        }
-    } else {
-        std::fill(w, w + n_cells, 0.0f);
-    }
-    *largest = m;
-    *peak    = hmax(n);
-    *total   = hsum(sum);
-}
-
-void tip_chunk(const tip_input & in, int64_t chunk, float * weight, const tip_sums & sums) {
-    const int64_t R      = in.n_group;
-    const int64_t t0     = chunk*TIP_CHUNK;
-    const int64_t t1     = std::min(in.n_kv, t0 + TIP_CHUNK);
-    const int64_t stride = in.weight_stride();
-
-    float * w   = in.keeps_weights() ? weight + t0 : weight;
-    float * top = in.keeps_weights() ? nullptr : sums.top + t0/TILE*R;
-
-    uint32_t hidden = 0; // tiles, as bits
-    static_assert(TIP_CHUNK/TILE <= 32, "a bit for each tile");
+void tip_chunk(
+        const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
+        float * weight, int64_t stride, float * peak, float * total) {
+    const int64_t t0 = chunk*TIP_CHUNK;
+    const int64_t t1 = std::min(n_kv, t0 + TIP_CHUNK);
+    const int64_t te = t0 + GGML_PAD(t1 - t0, TILE);
 
     for (int64_t t = t0; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
-        const mask_row::tile_kind kind = in.mask.kind(t, n);
+        const mask_row::tile_kind kind = mask.kind(t, n);
         if (kind != mask_row::ALL_HIDDEN) {
-            tip_tile_heads(in.query, R, in.index.n_dim, in.index.type, in.index.tile(t/TILE), w + t - t0, stride);
-        } else {
-            hidden |= 1u << (t - t0)/TILE;
+            tip_tile_heads(query, n_group, index.n_dim, index.type, index.tile(t/TILE), weight + t, stride);
         }
         if (kind != mask_row::ALL_PLAIN || n < TILE) {
             // hidden cells are overwritten, never added to: a stale index row may hold NaN
             for (int64_t i = 0; i < TILE; ++i) {
-                if (i >= n || in.mask.hidden(t + i)) {
-                    for (int64_t h = 0; h < R; ++h) {
-                        w[h*stride + t - t0 + i] = -INFINITY;
+                if (i >= n || mask.hidden(t + i)) {
+                    for (int64_t h = 0; h < n_group; ++h) {
+                        weight[h*stride + t + i] = -INFINITY;
                     }
                 }
             }
         }
     }
 
-    for (int64_t h = 0; h < R; ++h) {
-        const int64_t at = chunk*R + h;
-        tip_weights(w + h*stride, GGML_PAD(t1 - t0, TILE), R, sums.largest + at, sums.peak + at, sums.total + at,
-                top ? top + h : nullptr);
-    }
-    for (uint32_t bits = top ? hidden : 0; bits; bits &= bits - 1) {
-        std::fill_n(top + lowest_bit(bits)*R, R, 0.0f);
+    for (int64_t h = 0; h < n_group; ++h) {
+        float * w = weight + h*stride;
+
+        vec vmax = splat(-INFINITY);
+        for (int64_t t = t0; t < te; t += W) {
+            vmax = max(vmax, load(w + t));
+        }
+        const float m = hmax(vmax);
+
+        // weights of equal cells in different chunks must differ by a power of two only, else rounding breaks their tie
+        vec sum = zero();
+        vec n   = splat(m);
+        if (m > -INFINITY) {
+            n = exp2_round(n);
+            for (int64_t t = t0; t < te; t += W) {
+                const vec e = exp_scaled(load(w + t), splat(m), n);
+                sum = add(sum, e);
+                store(w + t, e);
+            }
+        } else {
+            std::fill(w + t0, w + te, 0.0f);
+        }
+        peak [chunk*n_group + h] = hmax(n);
+        total[chunk*n_group + h] = hsum(sum);
     }
 }
 
-void tip_factors(const tip_input & in, const tip_sums & sums, float * factor) {
-    const int64_t R = in.n_group;
-    const int64_t n = in.n_chunk();
-    for (int64_t h = 0; h < R; ++h) {
+void tip_factors(int64_t n_group, int64_t n_chunk, const float * peak, const float * total, float * factor) {
+    for (int64_t h = 0; h < n_group; ++h) {
         float top = -INFINITY;
-        for (int64_t c = 0; c < n; ++c) {
-            top = std::max(top, sums.peak[c*R + h]);
+        for (int64_t c = 0; c < n_chunk; ++c) {
+            top = std::max(top, peak[c*n_group + h]);
         }
         float sum = 0.0f;
-        for (int64_t c = 0; c < n; ++c) {
-            const float p = sums.peak[c*R + h];
+        for (int64_t c = 0; c < n_chunk; ++c) {
+            const float p = peak[c*n_group + h];
             const float f = p > -INFINITY ? ldexpf(1.0f, (int) (p - top)) : 0.0f;
-            factor[c*R + h] = f;
-            sum += f*sums.total[c*R + h];
+            factor[c*n_group + h] = f;
+            sum += f*total[c*n_group + h];
         }
-        for (int64_t c = 0; c < n; ++c) {
-            factor[c*R + h] = sum > 0.0f ? factor[c*R + h]/sum : 0.0f;
+        for (int64_t c = 0; c < n_chunk; ++c) {
+            factor[c*n_group + h] = sum > 0.0f ? factor[c*n_group + h]/sum : 0.0f;
         }
     }
-}
-
-// Rounding never turns the order of sums of such terms round, so bounds made in the same way as scores hold exactly.
-static vec tip_sum(vec factor, vec weight, vec sum) {
-    return fma(factor, weight, sum);
-}
-
-float tip_bound(const tip_input & in, const tip_sums & sums, const float * factor, uint32_t * keys) {
-    const int64_t R = in.n_group;
-    if (in.keeps_weights()) {
-        return 0.0f;
-    }
-    // the best cell of a tile by one head has at least that head's share
-    for (int64_t t = 0; t < in.n_tile(); ++t) {
-        float least = 0.0f;
-        for (int64_t h = 0; h < R; ++h) {
-            least = std::max(least, factor[t/(TIP_CHUNK/TILE)*R + h]*sums.top[t*R + h]);
-        }
-        memcpy(keys + t, &least, sizeof(least));
-    }
-    float   bound;
-    int64_t n_equal;
-    select_threshold(keys, in.n_tile(), in.budget, &bound, &n_equal);
-    return bound;
 }
 
 void tip_combine(
-        const tip_input & in, int64_t chunk, float * weight, const tip_sums & sums, const float * factor, float bound,
-        float * scores) {
-    const int64_t R      = in.n_group;
-    const int64_t t1     = std::min(in.n_kv, (chunk + 1)*TIP_CHUNK);
-    const int64_t stride = in.weight_stride();
-
-    factor += chunk*R;
+        const float * weight, int64_t stride, int64_t n_group, const float * factor, mask_row mask, int64_t n_kv,
+        int64_t chunk, float * scores) {
+    const float * f  = factor + chunk*n_group;
+    const int64_t t1 = std::min(n_kv, (chunk + 1)*TIP_CHUNK);
 
     for (int64_t t = chunk*TIP_CHUNK; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
-        float * w    = in.keeps_weights() ? weight + t : weight;
-        bool    best = true;
-        if (!in.keeps_weights()) {
-            float most = 0.0f;
-            for (int64_t h = 0; h < R; ++h) {
-                most = std::fma(factor[h], sums.top[t/TILE*R + h], most);
+        for (int64_t i = t; i < t + TILE; i += W) {
+            vec s = zero();
+            for (int64_t h = 0; h < n_group; ++h) {
+                s = fma(splat(f[h]), load(weight + h*stride + i), s);
             }
-            best = most >= bound;
+            store(scores + i, s);
         }
-        if (!best) {
-            std::fill(scores + t, scores + t + TILE, 0.0f);
-        } else {
-            if (!in.keeps_weights()) {
-                tip_tile_heads(in.query, R, in.index.n_dim, in.index.type, in.index.tile(t/TILE), w, stride);
+        if (mask.kind(t, n) != mask_row::ALL_PLAIN) {
+            for (int64_t i = t; i < t + n; ++i) {
+                if (mask.hidden(i)) {
+                    scores[i] = -INFINITY;
+                } else if (mask.forced(i)) {
+                    scores[i] = INFINITY;
+                }
             }
         }
     }

@@ -196,6 +196,5 @@ def dense(q, k, v, mask, scale, softcap=0.0, sinks=None):
     for s, t, g in np.ndindex(n_stream, n_row, k.shape[1]):
         heads = slice(g * n_group, (g + 1) * n_group)
         cells = np.flatnonzero(visibility(mask[s, t])[0])
-        group_sinks = None if sinks is None else sinks[heads]
-        out[s, t, heads] = fac(q[s, heads, t], k[s, g], v[s, g], cells, scale, softcap, group_sinks)
+        out[s, t, heads] = fac(q[s, heads, t], k[s, g], v[s, g], cells, scale, softcap, None if sinks is None else sinks[heads])
     return out

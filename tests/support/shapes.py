@@ -42,10 +42,8 @@ def stored(values, name):
 
 
 def exact_k(rng, *shape):
-    """K values whose sums are exact in float32 in any order, in every cache type.
-
-    They are small whole numbers over 8, each block holding both ends of the range, so that all blocks have one scale.
-    """
+    """K values whose sums are exact in float32 in any order, in every cache type: small whole numbers over 8, each block
+    holding both ends of the range, so that all blocks have one scale."""
     k = rng.integers(-8, 9, (*shape[:-1], shape[-1] // BLOCK, BLOCK))
     k[..., 0], k[..., 1] = 8, -8
     return (k / 8).astype(np.float32).reshape(shape)
