@@ -259,7 +259,7 @@ def test_decodes_sparse(calibrated: Path) -> None:
     stats = llm.fasa_stats()
     assert stats.n_step_prefill > 0 and stats.n_step_sparse >= 15 and stats.n_row_sparse >= stats.n_step_sparse
     llm.fasa_reset_stats()
-    assert llm.fasa_stats() == fasa.FasaStats(0, 0, 0, 0, 0)
+    assert llm.fasa_stats() == fasa.FasaStats(0, 0, 0, 0, 0, 0)
 
 
 def test_auto_follows_the_budget(calibrated: Path) -> None:

@@ -58,6 +58,7 @@ struct llama_fasa_stats {
     uint64_t n_step_prefill;
     uint64_t n_row_sparse;
     uint64_t n_index_rebuild;
+    uint64_t n_step_mixed;
 };
 
 struct llama_fasa_params llama_fasa_default_params(void);
@@ -70,6 +71,10 @@ int32_t llama_fasa_index_type(const char * name);
 int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 
 struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
+
+int32_t llama_fasa_set_budget  (      struct llama_context * ctx, int32_t budget);
+int32_t llama_fasa_check_budget(const struct llama_context * ctx, int32_t budget);
+
 struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 void                    llama_fasa_reset_stats(      struct llama_context * ctx);
 

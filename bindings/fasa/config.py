@@ -95,6 +95,7 @@ class FasaStats:
     n_step_prefill: int
     n_row_sparse: int
     n_index_rebuild: int
+    n_step_mixed: int
 
     @classmethod
     def from_c(cls, c: Any) -> FasaStats:

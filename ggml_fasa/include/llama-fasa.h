@@ -44,7 +44,7 @@ struct llama_fasa_info {
     int32_t  n_layer_dense;  // layers that stay dense
     int32_t  n_tip_min;      // fewest and most FCs over the sparse layers
     int32_t  n_tip_max;
-    int32_t  budget;
+    int32_t  budget;         // now in force, 0 = dense
     int32_t  n_sink;
     int32_t  n_recent;
     int32_t  max_batch;
@@ -56,10 +56,11 @@ struct llama_fasa_info {
 // What a context has run. A step is one ubatch.
 struct llama_fasa_stats {
     uint64_t n_step_sparse;   // decode steps through FASA
-    uint64_t n_step_dense;    // decode steps left dense, n_kv being within the budget
-    uint64_t n_step_prefill;  // steps with more than max_batch rows, dense
-    uint64_t n_row_sparse;    // query rows of the sparse steps
+    uint64_t n_step_dense;    // decode steps left dense, n_kv being within the budget or the budget 0
+    uint64_t n_step_prefill;  // steps with more than max_batch rows of a sequence, dense
+    uint64_t n_row_sparse;    // query rows of the sparse and the mixed steps that went through FASA
     uint64_t n_index_rebuild; // times the index was rebuilt from K
+    uint64_t n_step_mixed;    // steps whose decode rows went through FASA while the rest, prompts, were dense
 };
 
 LLAMA_API struct llama_fasa_params llama_fasa_default_params(void); // everything "not set", mode AUTO
@@ -76,6 +77,12 @@ LLAMA_API int32_t llama_fasa_index_type(const char * name);
 LLAMA_API int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 
 LLAMA_API struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
+// Changes the budget of all steps from now on; 0 decodes dense until it is set again. Not while the context decodes.
+// Returns 0, or -1 with a sentence in llama_fasa_last_error() and nothing changed: a budget that does not cover the forced
+// tokens, or one above 0 for a context that FASA does not serve.
+LLAMA_API int32_t llama_fasa_set_budget  (      struct llama_context * ctx, int32_t budget);
+LLAMA_API int32_t llama_fasa_check_budget(const struct llama_context * ctx, int32_t budget); // the same, changes nothing
+
 LLAMA_API struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 LLAMA_API void                    llama_fasa_reset_stats(      struct llama_context * ctx);
 

@@ -80,6 +80,27 @@ llama_fasa_info llama_fasa_get_info(const llama_context * ctx) {
     return fasa ? fasa->info() : llama_fasa_info {};
 }
 
+int32_t llama_fasa_check_budget(const llama_context * ctx, int32_t budget) {
+    fasa_error.clear();
+    const llama_fasa_index_cache * fasa = ctx->get_cparams().fasa;
+    if (budget < 0 || budget > LLAMA_FASA_COUNT_MAX) {
+        fasa_error = format("FASA: budget is %d, outside [0, %d]", budget, LLAMA_FASA_COUNT_MAX);
+    } else if (budget > 0) {
+        fasa_error = fasa ? llama_fasa_budget_error(fasa->config, budget) : "FASA: the context runs without it";
+    }
+    return fasa_error.empty() ? 0 : -1;
+}
+
+int32_t llama_fasa_set_budget(llama_context * ctx, int32_t budget) {
+    if (llama_fasa_check_budget(ctx, budget) != 0) {
+        return -1;
+    }
+    if (llama_fasa_index_cache * fasa = ctx->get_cparams().fasa) {
+        fasa->config.budget = budget;
+    }
+    return 0;
+}
+
 llama_fasa_stats llama_fasa_get_stats(const llama_context * ctx) {
     const llama_fasa_index_cache * fasa = ctx->get_cparams().fasa;
     return fasa ? fasa->stats : llama_fasa_stats {};
@@ -123,9 +144,9 @@ llama_fasa_config resolve(const llama_fasa_params & params, const llama_fasa_met
     config.index_type = (ggml_fasa_index_type)
             first_set(params.index_type, params.index_type >= 0, md.index_type, LLAMA_FASA_INDEX_TYPE_DEFAULT);
 
-    if (config.n_sink + config.n_recent >= config.budget) {
-        throw std::runtime_error(format("FASA: %d sinks and %d recent tokens leave no room in a budget of %d",
-                    config.n_sink, config.n_recent, config.budget));
+    const std::string error = llama_fasa_budget_error(config, config.budget);
+    if (!error.empty()) {
+        throw std::runtime_error(error);
     }
     return config;
 }

@@ -7,6 +7,38 @@
 #include "llama-graph.h"
 #include "llama-impl.h"
 
+namespace {
+
+// Part of every graph, so that one is reused only for steps that it would have been built for.
+class input_step : public llm_graph_input_i {
+public:
+    input_step(const llama_fasa_config & config, const llama_ubatch & ubatch) :
+        config(config), budget(config.budget), n_rows(config.n_decode_rows(ubatch)) {}
+
+    void set_input(const llama_ubatch *) override {}
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return config.budget == budget && config.n_decode_rows(params.ubatch) == n_rows;
+    }
+
+private:
+    const llama_fasa_config & config;
+    const int32_t             budget;
+    const int64_t             n_rows;
+};
+
+// The rows from n on of a step whose first n are sparse, by llama.cpp's attention.
+ggml_tensor * build_rest(
+        const llm_graph_context & graph, int64_t n, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
+        ggml_tensor * sinks, float kq_scale, int il) {
+    q = ggml_view_3d(graph.ctx0, q, q->ne[0], q->ne[1], q->ne[2] - n, q->nb[1], q->nb[2], n*q->nb[2]);
+    kq_mask = ggml_view_4d(graph.ctx0, kq_mask, kq_mask->ne[0], kq_mask->ne[1] - n, 1, 1,
+            kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], n*kq_mask->nb[1]);
+    return graph.build_attn_mha(q, k, v, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
+}
+
+} // namespace
+
 ggml_tensor * llama_fasa_build_attn(
         const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
         ggml_tensor * kq_mask, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il) {
@@ -15,24 +47,39 @@ ggml_tensor * llama_fasa_build_attn(
     const llama_fasa_index_cache * fasa = cparams.fasa;
     const auto * layer = fasa ? fasa->find(k->view_src) : nullptr;
 
-    // only facts that a reused graph shares may decide here: rows, sequences, n_kv and fixed settings of the context
-    if (!layer || !fasa->config.is_sparse(graph.ubatch, k->ne[2]) || kq_b || v_mla || !kq_mask || cparams.auto_fa) {
+    if (!layer || kq_b || v_mla || !kq_mask || cparams.auto_fa || q->ne[2] < graph.n_tokens) {
+        return nullptr; // the last is build_rest
+    }
+    if (fasa->is_first(layer)) {
+        graph.res->add_input(std::make_unique<input_step>(fasa->config, graph.ubatch));
+    }
+
+    // only facts that a reused graph shares may decide here: n_kv, and what input_step compares
+    const int64_t n_sparse = fasa->config.n_sparse_rows(graph.ubatch, k->ne[2]);
+    if (n_sparse == 0) {
         return nullptr;
     }
+    const bool whole = n_sparse == graph.n_tokens;
 
     const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer);
     // a layer that attends to another one's K has no FCs of its own
     const bool sparse = layer->n_tip > 0 && layer->il == il;
-    if (!sparse && !on_host) {
+    if (!sparse && (!on_host || !whole)) {
         return nullptr; // a GPU's flash attention serves a KV group at once, too
     }
+
+    ggml_tensor * rest = whole ? nullptr : build_rest(graph, n_sparse, q, k, v, kq_mask, sinks, kq_scale, il);
 
     ggml_context * ctx = graph.ctx0;
 
     const int64_t n_stream = k->ne[3];
-    const int64_t n_rows   = q->ne[2]/n_stream;
+    const int64_t n_rows   = n_sparse/n_stream;
 
     q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_rows, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_rows, 0);
+
+    if (!whole) { // of one stream: those of several bring as many rows each
+        kq_mask = ggml_view_4d(ctx, kq_mask, kq_mask->ne[0], n_rows, 1, 1, kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], 0);
+    }
 
     q = ggml_permute(ctx, q, 0, 2, 1, 3);
     k = ggml_permute(ctx, k, 0, 2, 1, 3);
@@ -60,6 +107,9 @@ ggml_tensor * llama_fasa_build_attn(
     }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    if (rest) {
+        cur = ggml_concat(ctx, cur, rest, 1);
+    }
     ggml_build_forward_expand(graph.gf, cur);
     return cur;
 }
@@ -103,11 +153,12 @@ llama_fasa_restore_guard::~llama_fasa_restore_guard() {
 
 void llama_fasa_log_stats(const llama_fasa_index_cache & fasa) {
     const llama_fasa_stats & s = fasa.stats;
-    if (s.n_step_sparse + s.n_step_dense + s.n_step_prefill == 0) {
+    if (s.n_step_sparse + s.n_step_dense + s.n_step_prefill + s.n_step_mixed == 0) {
         return; // a context that only measured memory
     }
     // a warning, because the tools hide libllama's information by default and nobody should decode sparse unawares
-    LLAMA_LOG_WARN("fasa: %llu decode steps sparse (%llu rows), %llu dense within the budget, %llu prefill steps dense, "
-            "index rebuilt %llu times\n", (unsigned long long) s.n_step_sparse, (unsigned long long) s.n_row_sparse,
-            (unsigned long long) s.n_step_dense, (unsigned long long) s.n_step_prefill, (unsigned long long) s.n_index_rebuild);
+    LLAMA_LOG_WARN("fasa: %llu decode steps sparse, %llu with a prompt beside (%llu rows), %llu dense within the budget, "
+            "%llu prefill steps dense, index rebuilt %llu times\n", (unsigned long long) s.n_step_sparse,
+            (unsigned long long) s.n_step_mixed, (unsigned long long) s.n_row_sparse, (unsigned long long) s.n_step_dense,
+            (unsigned long long) s.n_step_prefill, (unsigned long long) s.n_index_rebuild);
 }

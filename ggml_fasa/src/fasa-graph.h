@@ -48,5 +48,8 @@ private:
     llama_context & lctx;
 };
 
+// llama-context: after a step. With LLAMA_FASA_VERIFY=1 in the environment, aborts if the index is not that of K.
+void llama_fasa_verify(llama_context & lctx);
+
 // What a context ran, as one line in the log.
 void llama_fasa_log_stats(const llama_fasa_index_cache & fasa);

@@ -12,12 +12,30 @@
 #include <map>
 #include <stdexcept>
 
-bool llama_fasa_config::is_decode(const llama_ubatch & ubatch) const {
-    return ubatch.n_tokens <= (int64_t) max_batch*ubatch.n_seqs_unq;
+int64_t llama_fasa_config::n_decode_rows(const llama_ubatch & ubatch) const {
+    if (ubatch.equal_seqs()) {
+        return ubatch.n_seq_tokens <= (uint32_t) max_batch ? ubatch.n_tokens : 0;
+    }
+    std::unordered_map<llama_seq_id, int32_t> n_rows;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        n_rows[ubatch.seq_id[i][0]]++;
+    }
+    uint32_t n = 0;
+    while (n < ubatch.n_tokens && n_rows[ubatch.seq_id[n][0]] <= max_batch) {
+        ++n;
+    }
+    return n;
 }
 
-bool llama_fasa_config::is_sparse(const llama_ubatch & ubatch, int64_t n_kv) const {
-    return is_decode(ubatch) && n_kv > GGML_PAD(budget, 256);
+int64_t llama_fasa_config::n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const {
+    return budget > 0 && n_kv > GGML_PAD(budget, 256) ? n_decode_rows(ubatch) : 0;
+}
+
+std::string llama_fasa_budget_error(const llama_fasa_config & config, int32_t budget) {
+    if (config.n_sink + config.n_recent < budget) {
+        return "";
+    }
+    return format("FASA: %d sinks and %d recent tokens leave no room in a budget of %d", config.n_sink, config.n_recent, budget);
 }
 
 int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
@@ -142,14 +160,14 @@ ggml_tensor * llama_fasa_index_cache::build_write(
 template <typename T>
 static void mark_forced_rows(
         const llama_fasa_config & config, const llama_kv_cells_vec & v_cells, const std::vector<uint32_t> & seq_to_stream,
-        const llama_ubatch & ubatch, T * mask, int64_t n_kv, T hidden, T forced) {
+        const llama_ubatch & ubatch, int64_t n_rows, T * mask, int64_t n_kv, T hidden, T forced) {
     auto mark = [&](T * row, uint32_t cell) {
         if ((int64_t) cell < n_kv && memcmp(&row[cell], &hidden, sizeof(T)) != 0) {
             row[cell] = forced;
         }
     };
 
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+    for (int64_t i = 0; i < n_rows; ++i) {
         const llama_seq_id seq = ubatch.seq_id[i][0];
         const llama_pos    pos = ubatch.pos[i];
 
@@ -171,22 +189,21 @@ static void mark_forced_rows(
 void llama_fasa_index_cache::mark_forced(ggml_tensor * mask, const llama_ubatch & ubatch) {
     const int64_t n_kv = mask->ne[0];
 
-    if (!config.is_decode(ubatch)) {
-        stats.n_step_prefill++;
+    const int64_t n_rows = config.n_sparse_rows(ubatch, n_kv);
+    const bool    whole  = config.n_decode_rows(ubatch) == ubatch.n_tokens;
+    if (n_rows == 0) {
+        (whole ? stats.n_step_dense : stats.n_step_prefill)++;
         return;
     }
-    if (!config.is_sparse(ubatch, n_kv)) {
-        stats.n_step_dense++;
-        return;
-    }
-    stats.n_step_sparse++;
-    stats.n_row_sparse += ubatch.n_tokens;
+    (whole ? stats.n_step_sparse : stats.n_step_mixed)++;
+    stats.n_row_sparse += n_rows;
 
     if (mask->type == GGML_TYPE_F16) {
-        mark_forced_rows<ggml_fp16_t>(config, kv.v_cells, kv.seq_to_stream, ubatch, (ggml_fp16_t *) mask->data, n_kv,
+        mark_forced_rows<ggml_fp16_t>(config, kv.v_cells, kv.seq_to_stream, ubatch, n_rows, (ggml_fp16_t *) mask->data, n_kv,
                 ggml_fp32_to_fp16(-INFINITY), ggml_fp32_to_fp16(-0.0f));
     } else {
-        mark_forced_rows<float>(config, kv.v_cells, kv.seq_to_stream, ubatch, (float *) mask->data, n_kv, -INFINITY, -0.0f);
+        mark_forced_rows<float>(config, kv.v_cells, kv.seq_to_stream, ubatch, n_rows, (float *) mask->data, n_kv,
+                -INFINITY, -0.0f);
     }
 }
 

@@ -25,20 +25,23 @@ class  llama_kv_cache;
 
 // Settings of one context, resolved from caller, metadata and defaults.
 struct llama_fasa_config {
-    int32_t budget;
+    int32_t budget; // 0: every step is dense
     int32_t n_sink;
     int32_t n_recent;
     int32_t max_batch;
 
     ggml_fasa_index_type index_type;
 
-    // Whether a step has few enough rows for decoding: max_batch for each of its sequences, on average.
-    bool is_decode(const llama_ubatch & ubatch) const;
+    // How many rows of a step decode: the first ones, up to a sequence that brings more than max_batch rows.
+    int64_t n_decode_rows(const llama_ubatch & ubatch) const;
 
-    // Whether a step that sees n_kv cells is sparse. n_kv comes padded to 256, so the budget is padded alike: a cache
-    // that fits the budget is always decoded dense.
-    bool is_sparse(const llama_ubatch & ubatch, int64_t n_kv) const;
+    // How many rows of a step that sees n_kv cells are sparse: those that decode, or none. n_kv comes padded to 256, so
+    // the budget is padded alike: a cache that fits the budget is always decoded dense.
+    int64_t n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const;
 };
+
+// Why a budget cannot be, "" if it can: the forced tokens must leave room in it.
+std::string llama_fasa_budget_error(const llama_fasa_config & config, int32_t budget);
 
 // The size of the Walsh-Hadamard blocks by which kv rotates K, 0 if it does not: upstream rotates a quantised K.
 int32_t llama_fasa_hadamard(const llama_kv_cache & kv);
@@ -68,15 +71,22 @@ struct llama_fasa_index_cache {
     bool dirty() const;
     bool rebuild(llama_context & lctx);
 
+    // Compares the index of every used cell with one taken from K now, except in streams marked dirty. Returns "", or
+    // a sentence that names the first layer, stream, KV head and cell that differ.
+    std::string verify(llama_context & lctx) const;
+
     // The layer whose cache tensor is k, or NULL.
     const layer * find(const ggml_tensor * k) const;
 
+    // Whether it is the first layer that a graph meets.
+    bool is_first(const layer * l) const { return l == layers.data(); }
+
     llama_fasa_info info() const;
 
-    llama_kv_cache &        kv;
-    const llama_fasa_config config;
-    const int32_t           hadamard;
-    llama_fasa_stats        stats = {};
+    llama_kv_cache &  kv;
+    llama_fasa_config config; // but for the budget as at creation
+    const int32_t     hadamard;
+    llama_fasa_stats  stats = {};
 
 private:
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;

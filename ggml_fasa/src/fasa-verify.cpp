@@ -1,0 +1,109 @@
+// The debug check LLAMA_FASA_VERIFY: is the index what a rebuild from K would give?
+
+#include "fasa-graph.h"
+#include "fasa-index-cache.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace {
+
+// The first backend of the context that can read a tensor where it lies.
+ggml_backend_t backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
+            return backend;
+        }
+    }
+    throw std::runtime_error(format("FASA: no backend can read %s", t->name));
+}
+
+std::vector<uint8_t> bytes_of(const ggml_tensor * t) {
+    std::vector<uint8_t> bytes(ggml_nbytes(t));
+    ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
+    return bytes;
+}
+
+// The cell of a tile that a byte of it belongs to; see ggml_fasa_new_index.
+int64_t cell_in_tile(ggml_fasa_index_type type, size_t byte) {
+    const size_t scales = GGML_FASA_TILE*sizeof(ggml_fp16_t);
+    if (type == GGML_FASA_INDEX_F16 || byte < scales) {
+        return byte/sizeof(ggml_fp16_t) % GGML_FASA_TILE;
+    }
+    return (byte - scales)/sizeof(uint32_t) % GGML_FASA_TILE;
+}
+
+} // namespace
+
+std::string llama_fasa_index_cache::verify(llama_context & lctx) const {
+    std::vector<int64_t> ids;
+    for (size_t s = 0; s < kv.v_cells.size(); ++s) {
+        const auto & cells = kv.v_cells[s];
+        for (uint32_t i = 0; i < cells.used_max_p1() && !stream_dirty[s]; ++i) {
+            if (!cells.is_empty(i)) {
+                ids.push_back((int64_t) s*kv.get_size() + i);
+            }
+        }
+    }
+    if (ids.empty()) {
+        return "";
+    }
+    lctx.synchronize();
+
+    for (const layer & l : layers) {
+        if (l.n_tip == 0) {
+            continue;
+        }
+        ggml_backend_t backend = backend_of(lctx.get_sched(), l.index);
+
+        ggml_init_params params = { 8*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+        ggml_context_ptr ctx(ggml_init(params));
+
+        // the rows in use are indexed anew over a copy of the index: what then differs was wrong
+        ggml_tensor * anew  = ggml_dup_tensor(ctx.get(), l.index);
+        ggml_tensor * cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, ids.size());
+        ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+        if (!buffer) {
+            throw std::runtime_error("FASA: no memory to verify the index cache");
+        }
+        const std::vector<uint8_t> stored = bytes_of(l.index);
+        ggml_backend_tensor_set(anew, stored.data(), 0, stored.size());
+        ggml_backend_tensor_set(cells, ids.data(), 0, ggml_nbytes(cells));
+
+        ggml_cgraph * gf = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(gf, ggml_fasa_index_write(ctx.get(), l.k, cells, anew, l.dims, config.index_type, hadamard));
+        if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("FASA: failed to verify the index cache");
+        }
+
+        const std::vector<uint8_t> expected = bytes_of(anew);
+        const size_t at = std::mismatch(stored.begin(), stored.end(), expected.begin()).first - stored.begin();
+        if (at < stored.size()) {
+            return format("FASA: the index is out of date in layer %d, stream %d, KV head %d, cell %d",
+                    l.il, (int) (at/l.index->nb[3]), (int) (at % l.index->nb[3]/l.index->nb[2]),
+                    (int) (at % l.index->nb[2]/l.index->nb[1]*GGML_FASA_TILE + cell_in_tile(config.index_type, at % l.index->nb[1])));
+        }
+    }
+    return "";
+}
+
+void llama_fasa_verify(llama_context & lctx) {
+    static const char * const env = getenv("LLAMA_FASA_VERIFY");
+    static const bool enabled = env && strcmp(env, "0") != 0;
+
+    const llama_fasa_index_cache * fasa = lctx.get_cparams().fasa;
+    if (!enabled || !fasa) {
+        return;
+    }
+    const std::string wrong = fasa->verify(lctx);
+    if (!wrong.empty()) {
+        GGML_ABORT("%s", wrong.c_str());
+    }
+}
