@@ -50,14 +50,14 @@ def with_keys(source, path, keys):
 
 
 def fasa_keys(n_layer, n_head_kv, n_rot, n_tip, fcs, rope_type="norm", **more):
-    """Valid fasa.* keys of a model whose layers are all alike but for n_tip.
+    """Valid fasa.* keys of a model whose layers are all alike but for n_tip and perhaps n_head_kv, then a list.
 
     n_tip: [n_layer]; fcs: see random_fcs; more: further keys without their prefix
     """
     keys = {
         "fasa.version": 1,
         "fasa.rope_type": rope_type,
-        "fasa.n_head_kv": [n_head_kv] * n_layer,
+        "fasa.n_head_kv": n_head_kv if isinstance(n_head_kv, list) else [n_head_kv] * n_layer,
         "fasa.n_rot": [n_rot] * n_layer,
         "fasa.n_tip": list(map(int, n_tip)),
         "fasa.fc": [int(i) for layer in fcs for i in layer.ravel()],

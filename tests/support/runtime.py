@@ -63,6 +63,10 @@ def fasa_params(mode=ON, budget=0, n_sink=-1, n_recent=-1, max_batch=0, index_ty
         assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", before)) == 0
 
 
+class NoSlot(RuntimeError):
+    """No room in the cache for a batch; nothing has changed."""
+
+
 class Model:
     """A loaded model; raises RuntimeError when it cannot be loaded."""
 
@@ -116,7 +120,12 @@ class Context:
         return self
 
     def __exit__(self, *exc):
-        llama().llama_free(self.handle)
+        self.close()
+
+    def close(self):
+        if self.handle:
+            llama().llama_free(self.handle)
+            self.handle = None
 
     def decode(self, tokens, pos=None, seq=0, all_logits=False):
         """Decodes tokens of one sequence, after its last one unless pos says where."""
@@ -138,6 +147,8 @@ class Context:
         status = api.llama_decode(self.handle, batch)
         wanted = [i for i in range(len(rows)) if batch.logits[i]]
         api.llama_batch_free(batch)
+        if status == 1:
+            raise NoSlot
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status}: " + "".join(log_lines[-20:]))
         return np.stack([self._logits(i) for i in wanted])
@@ -154,27 +165,35 @@ class Context:
             logits = self.decode(said[-1:])
         return said
 
-    def save(self, seq=None):
-        """The state of the context, or of one sequence, as bytes."""
+    def save(self, seq=None, flags=0):
+        """The state of the context, or of one sequence with LLAMA_STATE_SEQ_FLAGS, as bytes."""
         api = llama()
-        size = api.llama_state_get_size(self.handle) if seq is None else api.llama_state_seq_get_size(self.handle, seq)
+        if seq is None:
+            size = api.llama_state_get_size(self.handle)
+        else:
+            size = api.llama_state_seq_get_size_ext(self.handle, seq, flags)
         buffer = (ctypes.c_uint8 * size)()
         if seq is None:
             n = api.llama_state_get_data(self.handle, buffer, size)
         else:
-            n = api.llama_state_seq_get_data(self.handle, buffer, size, seq)
+            n = api.llama_state_seq_get_data_ext(self.handle, buffer, size, seq, flags)
         assert n == size
         return bytes(buffer)
 
-    def load(self, state, seq=None):
+    def load(self, state, seq=None, flags=0):
         """Restores what save() gave, one sequence into sequence seq."""
         api = llama()
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if seq is None:
             n = api.llama_state_set_data(self.handle, buffer, len(state))
         else:
-            n = api.llama_state_seq_set_data(self.handle, buffer, len(state), seq)
+            n = api.llama_state_seq_set_data_ext(self.handle, buffer, len(state), seq, flags)
         assert n == len(state)
+
+    def set_budget(self, budget):
+        """The status of llama_fasa_set_budget, and the error's sentence."""
+        ffi, lib = fasa_api()
+        return lib.llama_fasa_set_budget(ffi.cast("struct llama_context *", _address(self.handle)), budget), last_error()
 
     def stats(self):
         ffi, lib = fasa_api()
