@@ -1,12 +1,13 @@
-// GGML_OP_FASA_ATTN on CUDA: tip -> select -> fac in one kernel.
+// GGML_OP_FASA_ATTN on CUDA: the kernels of tip, select and fac, one after the other.
 //
-// A team of thread blocks serves one unit, a KV group of one query row, and its blocks wait for each other four times:
+// All work on many units at a time, a unit being a KV group of one query row:
 //
-//   score the block's cells -> | softmax over all cells, keys, histogram -> | what is certainly selected, and what may be ->
-//   | the block's share of the selected cells, attention over it -> | merge
+//   tip    : index -> scores of all cells, for each head; softmax sums
+//   select : scores -> one key for each cell; histogram of the keys
+//   fac    : keys, histogram -> selected cells -> attention over them
 //
-// Weights and keys of cells stay in the block's shared memory where they fit, so that the index is read once and nothing
-// else grows with n_kv. Nothing is allocated but pool memory, and the host never waits: valid inside CUDA graphs.
+// Nothing is allocated but pool memory, the host never waits, and the order of every sum is fixed: valid inside CUDA graphs,
+// and a run repeats bit by bit.
 
 #include "fasa-cuda.cuh"
 
@@ -16,245 +17,65 @@
 #include "fasa-stages.cuh"
 #include "fasa-tip.cuh"
 
-#include <mutex>
-#include <unordered_map>
-
-#ifdef FASA_CUDA_TRACE // clock cycles at the borders of the stages, of one block
-__device__ long long fasa_trace[16];
-#define FASA_TRACE(i) if (blockIdx.x == 5 && threadIdx.x == 0) { fasa_trace[i] = clock64(); }
-#define FASA_TRACE_PRINT() if (blockIdx.x == 5 && threadIdx.x == 0) { \
-    printf("trace n_kv %d type %d b %d team %d sync %d grid %d:", a.n_kv, a.index_type, a.budget, a.n_team, a.sync, gridDim.x); \
-    for (int i = 1; i < 11; ++i) printf(" %lld", fasa_trace[i] - fasa_trace[i - 1]); printf("\n"); }
-#else
-#define FASA_TRACE(i)
-#define FASA_TRACE_PRINT()
-#endif
-
 namespace fasa {
-
-// Heads that fac serves at once: what the registers hold.
-static __host__ __device__ constexpr int n_fac(int n_head, int parts) {
-    return n_head*parts > 8 ? 8/parts : n_head;
-}
-
-// NH: heads that tip scores at once. PARTS: 128ths of a K or V row, rounded up.
-template <int NH, int PARTS, bool F16>
-__global__ void __launch_bounds__(N_THREAD, 1) fasa_attn(const attn_args a) {
-    extern __shared__ float4 shared4[];
-    float * shared = (float *) shared4;
-
-    const team_layout  at(a);
-    const block_layout in(a);
-
-    const int team   = blockIdx.x/a.n_team;
-    const int rank   = blockIdx.x%a.n_team;
-    const int n_team = gridDim.x/a.n_team;
-    const int cell0  = rank*a.n_cell;
-
-    char     * scratch   = a.scratch + team*a.team_stride;
-    float2   * softmax   = (float2 *)   (scratch + at.softmax);
-    uint32_t * team_hist = (uint32_t *) (scratch + at.hist);
-    uint32_t * count     = (uint32_t *) (scratch + at.count);
-    int32_t  * sure      = (int32_t *)  (scratch + at.sure);
-    uint32_t * cand_key  = (uint32_t *) (scratch + at.cand_key);
-    int32_t  * cand_cell = (int32_t *)  (scratch + at.cand_cell);
-    int32_t  * sel       = (int32_t *)  (scratch + at.sel);
-    float    * part      = (float *)    (scratch + at.part);
-
-    float    * q_rows = shared + in.q;
-    float    * head   = shared + in.head;
-    uint32_t * hist   = (uint32_t *) (shared + in.hist);
-    uint32_t * small  = (uint32_t *) (shared + in.small);
-    float    * block  = shared + in.block;
-    float    * weight = a.w_shared ? block : (float *) (scratch + at.weight) + (size_t) rank*a.n_cell*a.n_group;
-
-    select_shared sh;
-    sh.sure   = small;
-    sh.cand   = sh.sure + MAX_TEAM + 2;
-    sh.warps  = sh.cand + MAX_TEAM + 2;
-    sh.result = (int *) (sh.warps + N_WARP);
-
-    tip_prefetch(a, unit(a, min(team, a.n_unit - 1)), cell0);
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc(); // what follows waits for this kernel's end before it reads
-    FASA_TRACE(0);
-
-    // all teams take equally many turns, since they may have to wait together
-    for (int first = 0; first < a.n_unit; first += n_team) {
-        const bool busy = first + team < a.n_unit;
-        const unit u(a, busy ? first + team : 0);
-
-        if (busy) {
-            const tip_q q = tip_load_q(a, u, q_rows, shared + in.q_tip, head);
-            tip_score<NH>(a, u, q, cell0, weight, softmax + rank*a.n_group, (float *) hist, (int *) hist + N_WARP*NH);
-            for (int b = rank*N_THREAD + threadIdx.x; b < N_BIN; b += a.n_team*N_THREAD) {
-                __stcg(team_hist + b, 0);
-            }
-        }
-        FASA_TRACE(1);
-        team_wait(a.sync);
-        FASA_TRACE(2);
-        if (busy) {
-            tip_combine(a, rank, weight, softmax, head + 2*a.n_slot, hist);
-            select_count(hist, team_hist);
-        }
-        FASA_TRACE(3);
-        team_wait(a.sync);
-        FASA_TRACE(4);
-        int bin = -1;
-        if (busy) {
-            bin = select_filter(a, team_hist, (const uint32_t *) weight, cell0, sh, sure + (size_t) rank*a.budget,
-                    cand_key + (size_t) rank*a.n_cell, cand_cell + (size_t) rank*a.n_cell, count + 2*rank);
-        }
-        FASA_TRACE(5);
-        team_wait(a.sync);
-        FASA_TRACE(6);
-        if (busy) {
-            const int2 r = select_share(a, rank, bin, count, sure, cand_key, cand_cell, sh, hist, sel);
-            FASA_TRACE(7);
-            for (int h = 0; h < a.n_group; h += n_fac(NH, PARTS)) {
-                fac_heads<n_fac(NH, PARTS), PARTS, PARTS, F16>(a, u, q_rows, h, sel + r.x, r.y - r.x, block,
-                        part + (size_t) rank*a.n_group*(a.d_v + 2));
-            }
-        }
-        FASA_TRACE(8);
-        team_wait(a.sync);
-        FASA_TRACE(9);
-        if (busy) {
-            fac_merge(a, u, rank, part, (float *) hist);
-        }
-    }
-    FASA_TRACE(10);
-    FASA_TRACE_PRINT();
-}
 
 using attn_kernel = void (*)(attn_args);
 
 template <int NH>
-static attn_kernel pick_kernel(int parts, bool f16) {
-    if (parts == 1) {
-        return f16 ? fasa_attn<NH, 1, true> : fasa_attn<NH, 1, false>;
+static attn_kernel pick_tip(int index_type) {
+    switch (index_type) {
+        case GGML_FASA_INDEX_F16: return fasa_tip<NH, GGML_FASA_INDEX_F16>;
+        case GGML_FASA_INDEX_Q8:  return fasa_tip<NH, GGML_FASA_INDEX_Q8>;
+        default:                  return fasa_tip<NH, GGML_FASA_INDEX_Q4>;
     }
-    return f16 ? fasa_attn<NH, 2, true> : fasa_attn<NH, 2, false>;
 }
 
-static attn_kernel pick_kernel(const attn_args & a, int n_head, int parts) {
-    const bool f16 = a.k_type == GGML_TYPE_F16 && a.v_type == GGML_TYPE_F16;
+static attn_kernel pick_tip(int n_head, int index_type) {
     switch (n_head) {
-        case 1:  return pick_kernel<1>(parts, f16);
-        case 2:  return pick_kernel<2>(parts, f16);
-        case 4:  return pick_kernel<4>(parts, f16);
-        default: return pick_kernel<8>(parts, f16);
+        case 1:  return pick_tip<1>(index_type);
+        case 2:  return pick_tip<2>(index_type);
+        case 4:  return pick_tip<4>(index_type);
+        default: return pick_tip<8>(index_type);
     }
 }
 
-// How many teams of a size the device holds at once. Asked of the driver once for each shape of launch.
-static int max_teams(int device, attn_kernel kernel, team_sync sync, int n_team, size_t shared) {
-    struct key_hash {
-        size_t operator()(const std::array<size_t, 5> & k) const {
-            size_t h = 0;
-            for (size_t x : k) {
-                h = h*0x9E3779B97F4A7C15ull + x;
-            }
-            return h;
-        }
+template <int NH, int LANES>
+static attn_kernel pick_fac(bool f16) {
+    return f16 ? fasa_fac<NH, LANES, true> : fasa_fac<NH, LANES, false>;
+}
+
+template <int NH>
+static attn_kernel pick_fac(int d, bool f16) {
+    return d <= 64 ? pick_fac<NH, 8>(f16) : d <= 128 ? pick_fac<NH, 16>(f16) : pick_fac<NH, 32>(f16);
+}
+
+static attn_kernel pick_fac(const attn_args & a) {
+    const int  d   = std::max(a.d_k, a.d_v);
+    const bool f16 = a.k_type == GGML_TYPE_F16 && a.v_type == GGML_TYPE_F16;
+    switch (a.n_fac) {
+        case 1:  return pick_fac<1>(d, f16);
+        case 2:  return pick_fac<2>(d, f16);
+        case 4:  return pick_fac<4>(d, f16);
+        default: return pick_fac<8>(d, f16);
+    }
+}
+
+// Lays out the scratch of n_unit units from base on; returns its size in bytes.
+static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
+    size_t at = 0;
+    auto take = [&](auto *& p, size_t n) {
+        p   = (std::remove_reference_t<decltype(p)>) (base + at);
+        at += (n_unit*n*sizeof(*p) + 255)/256*256;
     };
-    static std::mutex mutex;
-    static std::unordered_map<std::array<size_t, 5>, int, key_hash> known;
-
-    const std::array<size_t, 5> key = { (size_t) device, (size_t) kernel, (size_t) sync, (size_t) n_team, shared };
-    std::lock_guard<std::mutex> lock(mutex);
-    const auto it = known.find(key);
-    if (it != known.end()) {
-        return it->second;
-    }
-
-    CUDA_CHECK(cudaFuncSetAttribute((const void *) kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                (int) ggml_cuda_info().devices[device].smpbo));
-
-    int n = 0;
-#if defined(GGML_CUDA_USE_PDL)
-    if (sync == TEAM_CLUSTER) {
-        if (n_team > 8) { // more than every device with clusters has
-            CUDA_CHECK(cudaFuncSetAttribute((const void *) kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-        }
-        cudaLaunchAttribute attr = {};
-        attr.id = cudaLaunchAttributeClusterDimension;
-        attr.val.clusterDim = { (unsigned) n_team, 1, 1 };
-        cudaLaunchConfig_t config = {};
-        config.gridDim          = dim3(n_team);
-        config.blockDim         = dim3(N_THREAD);
-        config.dynamicSmemBytes = shared;
-        config.attrs            = &attr;
-        config.numAttrs         = 1;
-        if (cudaOccupancyMaxActiveClusters(&n, (const void *) kernel, &config) != cudaSuccess) {
-            (void) cudaGetLastError();
-            n = 0;
-        }
-    } else
-#endif
-    {
-        int per_sm = 0;
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, (const void *) kernel, N_THREAD, shared));
-        n = per_sm*ggml_cuda_info().devices[device].nsm/n_team;
-    }
-    known[key] = n;
-    return n;
-}
-
-// The split of the cells over n_team blocks, and whether their weights stay in shared memory.
-static void set_team(attn_args & a, team_sync sync, int n_team, size_t max_shared) {
-    a.sync     = sync;
-    a.n_team   = n_team;
-    a.n_cell   = GGML_PAD((a.n_kv + n_team - 1)/n_team, BAND);
-    a.w_shared = true;
-    a.w_shared = block_layout(a).total*sizeof(float) <= max_shared;
-}
-
-// Chooses the team size; returns how many teams to launch.
-static int plan_teams(attn_args & a, attn_kernel kernel, int device) {
-    const auto & info = ggml_cuda_info().devices[device];
-
-    // The time that a plan takes, in cells scored: every turn of the teams has a fixed part, which waiting makes larger, a
-    // part that goes with the cells of a block, more if their weights lie in global memory, and one that goes with the cells
-    // it attends to.
-    int64_t   best_cost  = INT64_MAX;
-    team_sync best_sync  = TEAM_ALONE;
-    int       best_size  = 0;
-    int       best_teams = 0;
-    auto consider = [&](team_sync sync, int size, int64_t fixed) {
-        set_team(a, sync, size, info.smpbo);
-        const int n = std::min(a.n_unit, max_teams(device, kernel, sync, size, block_layout(a).total*sizeof(float)));
-        if (n == 0) {
-            return;
-        }
-        const int64_t turns = (a.n_unit + n - 1)/n;
-        const int64_t cost  = turns*(fixed + (int64_t) a.n_cell*(a.w_shared ? 1 : 2) + 20*(int64_t) a.budget/size);
-        if (cost < best_cost) {
-            best_cost  = cost;
-            best_sync  = sync;
-            best_size  = size;
-            best_teams = n;
-        }
-    };
-
-    consider(TEAM_ALONE, 1, 3000);
-#if defined(GGML_CUDA_USE_PDL)
-    if (info.cc >= GGML_CUDA_CC_HOPPER && ggml_cuda_kernel_can_use_pdl((const void *) kernel)) {
-        for (int size = 2; size <= 16; ++size) {
-            consider(TEAM_CLUSTER, size, 4000);
-        }
-    }
-#endif
-    if (info.supports_cooperative_launch) {
-        const int size = std::min(MAX_TEAM, info.nsm/std::max(1, a.n_unit));
-        if (size > 1) {
-            consider(TEAM_GRID, size, 12000);
-        }
-    }
-    GGML_ASSERT(best_size > 0);
-    set_team(a, best_sync, best_size, info.smpbo);
-    return best_teams;
+    take(a.score,   (size_t) a.n_group*a.n_pad);
+    take(a.softmax, (size_t) a.n_scan*a.n_group);
+    take(a.key,     (size_t) a.n_pad);
+    take(a.hist,    N_BIN);
+    take(a.done,    1);
+    take(a.cand,    (size_t) a.n_pad);
+    take(a.list,    a.list_len > 0 ? 0 : (size_t) a.n_part*a.budget);
+    take(a.part,    (size_t) (a.n_part + 1)*a.n_group*(a.d_v + 2));
+    return at;
 }
 
 static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -298,22 +119,44 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.d_k       = k->ne[0];
     a.d_v       = v->ne[0];
     a.n_dim     = dims->ne[0];
-    a.n_unit    = a.n_row*a.n_head_kv*q->ne[3];
     a.budget    = std::min(ggml_get_op_params_i32(dst, GGML_FASA_OP_PARAM_BUDGET), a.n_kv);
 
-    const int n_head = a.n_group == 1 ? 1 : a.n_group == 2 ? 2 : a.n_group <= 4 ? 4 : 8;
-    const int parts  = (std::max(a.d_k, a.d_v) + 127)/128;
-    a.n_slot = GGML_PAD(a.n_group, n_head);
-    a.n_fac  = n_fac(n_head, parts);
+    a.n_fac  = a.n_group == 1 ? 1 : a.n_group == 2 ? 2 : a.n_group <= 4 ? 4 : 8;
+    a.n_slot = GGML_PAD(a.n_group, a.n_fac);
+    a.n_pad  = GGML_PAD(a.n_kv, BAND);
 
-    const attn_kernel kernel = pick_kernel(a, n_head, parts);
-    const int n_teams = plan_teams(a, kernel, ctx.device);
+    // units of one launch: what a bounded scratch and a grid hold
+    constexpr size_t MAX_SCRATCH = 256u << 20;
+    const int n_unit   = a.n_row*a.n_head_kv*q->ne[3];
+    const int per_pass = std::clamp<size_t>(MAX_SCRATCH/(4*(size_t) a.n_pad*(a.n_group + 3)), 1, std::min(n_unit, 65535));
 
-    a.team_stride = team_layout(a).total;
-    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), n_teams*a.team_stride);
-    a.scratch = scratch.get();
+    // blocks for a unit: enough to fill the device
+    const auto & info = ggml_cuda_info().devices[ctx.device];
+    const int n_band = a.n_pad/BAND;
+    a.n_scan = std::clamp(3*info.nsm/per_pass, 1, (n_band + TIP_WARP - 1)/TIP_WARP);
+    a.n_part = std::clamp(info.nsm/per_pass, 1, std::min(MAX_PART, n_band));
+    a.n_run  = (n_band + a.n_part - 1)/a.n_part*BAND;
 
-    launch(kernel, dim3(n_teams*a.n_team), dim3(N_THREAD), block_layout(a).total*sizeof(float), ctx.stream(), a.sync, a.n_team, a);
+    a.row_size = std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));
+    a.list_len = a.budget;
+    if (fac_layout(a).total*sizeof(float) + sizeof(select_shared) + 64 > info.smpbo) {
+        a.list_len = 0;
+    }
+
+    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), set_scratch(a, nullptr, per_pass));
+    set_scratch(a, scratch.get(), per_pass);
+
+    const attn_kernel tip = pick_tip(a.n_fac, a.index_type);
+    const attn_kernel fac = pick_fac(a);
+    const size_t tip_size = tip_shared(a)*sizeof(float);
+    const size_t fac_size = fac_layout(a).total*sizeof(float);
+
+    for (a.unit0 = 0; a.unit0 < n_unit; a.unit0 += per_pass) {
+        const unsigned n = std::min(per_pass, n_unit - a.unit0);
+        launch(tip,         dim3(a.n_scan, n), dim3(TIP_WARP*WARP_SIZE), tip_size, ctx.stream(), a);
+        launch(fasa_select, dim3(a.n_scan, n), dim3(SELECT_THREAD),      0,        ctx.stream(), a);
+        launch(fac,         dim3(a.n_part, n), dim3(FAC_THREAD),         fac_size, ctx.stream(), a);
+    }
 }
 
 } // namespace fasa

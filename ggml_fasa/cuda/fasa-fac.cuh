@@ -1,208 +1,328 @@
 // Stage fac on CUDA: exact attention of one KV group over the selected cells, paper section 4.2.
 //
-// A warp owns a cell at a time: its lanes read the K and V rows, four values each, and keep a running softmax. The results
-// of warps and blocks are merged in a fixed order, so that results repeat bit by bit.
+// A kernel whose blocks each attend to the cells that they filter out of their share. The block that finishes last attends to
+// the selected candidates and merges, in a fixed order, so that results repeat bit by bit.
 
 #pragma once
 
 #include "fasa-cache.cuh"
+#include "fasa-select.cuh"
 #include "fasa-stages.cuh"
 
 namespace fasa {
 
-// The part of a row that a lane holds: values 4 * lane .. + 3 of every 128.
-template <int PARTS, bool F16>
-struct fac_row {
-    uint2 bits[F16 ? PARTS : 1];
-    float4 values[F16 ? 1 : PARTS];
+constexpr int MAX_PART = 15; // blocks of a unit: their results and that of the candidates fit into registers
 
-    __device__ __forceinline__ void load(const char * row, int d, ggml_type type) {
-        const int lane = threadIdx.x%WARP_SIZE;
-#pragma unroll
-        for (int p = 0; p < PARTS; ++p) {
-            const int i = 4*(p*WARP_SIZE + lane);
-            if constexpr (F16) {
-                bits[p] = i < d ? *(const uint2 *) (row + 2*i) : make_uint2(0, 0);
-            } else {
-                values[p] = i < d ? load4_any(row, i, type) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
+// Values 8 * l .. + 7 of a row, as they come from memory.
+template <bool F16>
+struct fac_row {
+    uint4  bits;
+    float4 values[F16 ? 1 : 2];
+
+    __device__ __forceinline__ void load(const char * row, int l, int d, ggml_type type) {
+        const bool in = 8*l < d;
+        if constexpr (F16) {
+            bits = in ? *(const uint4 *) (row + 16*l) : make_uint4(0, 0, 0, 0);
+        } else {
+            values[0] = in ? load4_any(row, 8*l,     type) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            values[1] = in ? load4_any(row, 8*l + 4, type) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
     }
 
-    __device__ __forceinline__ void get(int p, float * x) const {
+    __device__ __forceinline__ void get(float * x) const {
         if constexpr (F16) {
-            half4(bits[p], x);
+            half4(make_uint2(bits.x, bits.y), x);
+            half4(make_uint2(bits.z, bits.w), x + 4);
         } else {
-            x[0] = values[p].x; x[1] = values[p].y; x[2] = values[p].z; x[3] = values[p].w;
+            x[0] = values[0].x; x[1] = values[0].y; x[2] = values[0].z; x[3] = values[0].w;
+            x[4] = values[1].x; x[5] = values[1].y; x[6] = values[1].z; x[7] = values[1].w;
         }
     }
 };
 
-static __device__ __forceinline__ float fac_softcap(float s, float softcap) {
-    return softcap != 0.0f ? softcap*tanhf(s/softcap) : s;
+// Dynamic shared memory of a block, in floats, each a multiple of 4.
+struct fac_layout {
+    size_t q, list, head, part, total;
+
+    __host__ __device__ fac_layout(const attn_args & a) {
+        const size_t parts  = (size_t) FAC_WARP*a.n_fac*a.d_v;
+        const size_t shares = (size_t) (MAX_PART + 1)*a.n_group;
+        q     = 0;                                   // [n_slot][d_k]
+        list  = q    + (size_t) a.n_slot*a.d_k;      // [list_len] cells
+        head  = list + (size_t) (a.list_len + 3)/4*4; // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
+        part  = head + (size_t) 2*a.n_fac*FAC_WARP;  // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
+        total = part + (parts > shares ? parts : shares);
+    }
+};
+
+constexpr float LOGIT_NONE = -1e30f; // of no cell at all; finite, so that differences are numbers
+
+static __device__ __noinline__ float fac_softcap(float s, float softcap) {
+    return softcap*tanhf(s/softcap);
 }
 
-// Attention of heads [h0, h0 + NH) over the block's cells cells[0 .. n). PK, PV: 128ths of a K and a V row.
-// q: [n_group][d_k] of shared memory. part: [N_WARP][NH][d_v + 2] of shared memory. out: [n_group][d_v + 2] of global memory:
-// for each head sum of p * v, then the largest logit, then the sum of p.
-template <int NH, int PK, int PV, bool F16>
-static __device__ void fac_heads(
-        const attn_args & a, const unit & u, const float * q, int h0, const int32_t * cells, int n, float * part, float * out) {
-    const int lane = threadIdx.x%WARP_SIZE;
-    const int warp = threadIdx.x/WARP_SIZE;
+// Attention of heads [h0, h0 + NH) over cells list[0 .. n). LANES: of a warp for one row, 8 values each.
+// out: [n_group][d_v + 2] of global memory: for each head sum of p * v, then the largest logit in powers of two, then the
+// sum of p.
+template <int NH, int LANES, bool F16>
+static __device__ void fac_heads(const attn_args & a, const unit & u, float * shared, int h0, const int32_t * list, int n, float * out) {
+    constexpr int CELLS = WARP_SIZE/LANES; // of a warp at once
+    constexpr int STEP  = FAC_WARP*CELLS;
+
+    const int lane  = threadIdx.x%WARP_SIZE;
+    const int warp  = threadIdx.x/WARP_SIZE;
+    const int l     = lane%LANES;
+    const int first = warp*CELLS;
+
+    const fac_layout in(a);
+    const float * q    = shared + in.q + h0*a.d_k;
+    float       * head = shared + in.head;
+    float       * part = shared + in.part;
 
     const char * k = a.k + u.s*a.k_nb3 + u.g*a.k_nb2;
     const char * v = a.v + u.s*a.v_nb3 + u.g*a.v_nb2;
 
-    float acc[NH][PV][4] = {};
+    float acc[NH][8] = {};
     float top[NH];
     float sum[NH];
 #pragma unroll
     for (int h = 0; h < NH; ++h) {
-        top[h] = -INFINITY;
+        top[h] = LOGIT_NONE;
         sum[h] = 0.0f;
     }
 
-    fac_row<PK, F16> kr;
-    fac_row<PV, F16> vr;
-    if (warp < n) {
-        kr.load(k + cells[warp]*a.k_nb1, a.d_k, a.k_type);
-        vr.load(v + cells[warp]*a.v_nb1, a.d_v, a.v_type);
-    }
-#pragma unroll 1
-    for (int c = warp; c < n; c += N_WARP) {
-        const fac_row<PK, F16> k_now = kr;
-        const fac_row<PV, F16> v_now = vr;
-        if (c + N_WARP < n) { // ask for the next cell before this one is used
-            kr.load(k + cells[c + N_WARP]*a.k_nb1, a.d_k, a.k_type);
-            vr.load(v + cells[c + N_WARP]*a.v_nb1, a.d_v, a.v_type);
+    fac_row<F16> kr, vr;
+    auto load = [&](int c) {
+        if (c < n) {
+            const size_t cell = list[c];
+            kr.load(k + cell*a.k_nb1, l, a.d_k, a.k_type);
+            vr.load(v + cell*a.v_nb1, l, a.d_v, a.v_type);
         }
+    };
+    load(first + lane/LANES);
+#pragma unroll 1
+    for (int c0 = first; c0 < n; c0 += STEP) {
+        const int c = c0 + lane/LANES;
+        float x[8];
+        float y[8];
+        kr.get(x);
+        vr.get(y);
+        load(c + STEP); // the next cell is on its way while this one is worked on
 
         float s[NH] = {};
+        if (8*l < a.d_k) {
 #pragma unroll
-        for (int p = 0; p < PK; ++p) {
-            const int i = 4*(p*WARP_SIZE + lane);
-            if (i < a.d_k) {
-                float x[4];
-                k_now.get(p, x);
-#pragma unroll
-                for (int h = 0; h < NH; ++h) {
-                    const float4 y = *(const float4 *) (q + (h0 + h)*a.d_k + i);
-                    s[h] += x[0]*y.x + x[1]*y.y + x[2]*y.z + x[3]*y.w;
-                }
+            for (int h = 0; h < NH; ++h) {
+                const float4 q0 = *(const float4 *) (q + h*a.d_k + 8*l);
+                const float4 q1 = *(const float4 *) (q + h*a.d_k + 8*l + 4);
+                s[h] = x[0]*q0.x + x[1]*q0.y + x[2]*q0.z + x[3]*q0.w + x[4]*q1.x + x[5]*q1.y + x[6]*q1.z + x[7]*q1.w;
             }
         }
-        float x[PV][4];
 #pragma unroll
-        for (int p = 0; p < PV; ++p) {
-            v_now.get(p, x[p]);
+        for (int o = LANES/2; o > 0; o /= 2) {
+#pragma unroll
+            for (int h = 0; h < NH; ++h) {
+                s[h] += __shfl_xor_sync(0xFFFFFFFFu, s[h], o);
+            }
         }
+        if (c < n) {
 #pragma unroll
-        for (int h = 0; h < NH; ++h) {
-            const float z    = fac_softcap(warp_sum(s[h])*a.scale, a.softcap);
-            const float m    = fmaxf(top[h], z);
-            const float keep = __expf(top[h] - m);
-            const float w    = __expf(z - m);
-            top[h] = m;
-            sum[h] = sum[h]*keep + w;
+            for (int h = 0; h < NH; ++h) {
+                float z = s[h]*a.scale;
+                if (a.softcap != 0.0f) {
+                    z = fac_softcap(z, a.softcap);
+                }
+                z *= LOG2E;
+                const float m    = fmaxf(top[h], z);
+                const float keep = exp2f(top[h] - m);
+                const float p    = exp2f(z - m);
+                top[h] = m;
+                sum[h] = sum[h]*keep + p;
 #pragma unroll
-            for (int p = 0; p < PV; ++p) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    acc[h][p][i] = acc[h][p][i]*keep + w*x[p][i];
+                for (int i = 0; i < 8; ++i) {
+                    acc[h][i] = acc[h][i]*keep + p*y[i];
                 }
             }
         }
     }
 
-    const int width = (a.d_v + 2 + 3)/4*4;
-    if (warp < n) {
+    // the cells of a warp
+    if (first < n) {
 #pragma unroll
         for (int h = 0; h < NH; ++h) {
-            float * to = part + (warp*NH + h)*width;
 #pragma unroll
-            for (int p = 0; p < PV; ++p) {
-                const int i = 4*(p*WARP_SIZE + lane);
-                if (i < a.d_v) {
-                    *(float4 *) (to + i) = make_float4(acc[h][p][0], acc[h][p][1], acc[h][p][2], acc[h][p][3]);
+            for (int o = LANES; o < WARP_SIZE; o *= 2) {
+                const float m = fmaxf(top[h], __shfl_xor_sync(0xFFFFFFFFu, top[h], o));
+                const float f = exp2f(top[h] - m);
+                top[h]  = m;
+                sum[h] *= f;
+                sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], o);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    acc[h][i] *= f;
+                    acc[h][i] += __shfl_xor_sync(0xFFFFFFFFu, acc[h][i], o);
                 }
             }
-            if (lane == 0) {
-                to[a.d_v + 0] = top[h];
-                to[a.d_v + 1] = sum[h];
+            if (lane < LANES && 8*l < a.d_v) {
+                float4 * to = (float4 *) (part + (warp*NH + h)*a.d_v + 8*l);
+                to[0] = make_float4(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+                to[1] = make_float4(acc[h][4], acc[h][5], acc[h][6], acc[h][7]);
             }
+        }
+    }
+    if (lane == 0) {
+#pragma unroll
+        for (int h = 0; h < NH; ++h) {
+            head[h*FAC_WARP + warp]        = top[h];
+            head[(NH + h)*FAC_WARP + warp] = sum[h];
         }
     }
     __syncthreads();
 
     // the warps of the block
-    const int n_warp = min(N_WARP, n);
+    const int n_head = min(NH, a.n_group - h0);
+    out += (size_t) h0*(a.d_v + 2);
+    if (warp < n_head) {
+        const float t = lane < FAC_WARP ? head[warp*FAC_WARP + lane]        : LOGIT_NONE;
+        const float s = lane < FAC_WARP ? head[(NH + warp)*FAC_WARP + lane] : 0.0f;
+        const float m = warp_max(t);
+        const float f = exp2f(t - m);
+        const float z = warp_sum(f*s);
+        if (lane < FAC_WARP) {
+            head[warp*FAC_WARP + lane] = f;
+        }
+        if (lane == 0) {
+            __stcg(out + warp*(a.d_v + 2) + a.d_v,     n > 0 ? m : -INFINITY);
+            __stcg(out + warp*(a.d_v + 2) + a.d_v + 1, z);
+        }
+    }
+    __syncthreads();
+
+    const int n_warp = min(FAC_WARP, (n + CELLS - 1)/CELLS);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < NH*width; i += N_THREAD) {
-        const int h = i/width;
-        const int at = i%width;
-        if (h0 + h >= a.n_group || at >= a.d_v + 2) {
-            continue;
-        }
-        const float * from = part + h*width;
-        float m = -INFINITY;
-#pragma unroll 4
-        for (int w = 0; w < n_warp; ++w) {
-            m = fmaxf(m, from[w*NH*width + a.d_v]);
-        }
+    for (int i = threadIdx.x; i < n_head*a.d_v; i += FAC_THREAD) {
+        const int h = i/a.d_v;
         float y = 0.0f;
 #pragma unroll 4
         for (int w = 0; w < n_warp; ++w) {
-            y += __expf(from[w*NH*width + a.d_v] - m)*from[w*NH*width + at];
+            y += head[h*FAC_WARP + w]*part[w*NH*a.d_v + i];
         }
-        __stcg(out + (h0 + h)*(a.d_v + 2) + at, at == a.d_v ? m : y);
+        __stcg(out + i + 2*h, y);
     }
     __syncthreads();
 }
 
-// This block's share of the outputs of a unit. part: [n_team][n_group][d_v + 2] of global memory.
-// share: [n_team][n_group] of shared memory.
-static __device__ void fac_merge(const attn_args & a, const unit & u, int rank, const float * part, float * share) {
+// The output of a unit from its n_part + 1 partial results part, each [n_group][d_v + 2] in global memory.
+// share: [MAX_PART + 1][n_group] of shared memory.
+static __device__ void fac_merge(const attn_args & a, const unit & u, const float * part, float * share) {
     const int lane   = threadIdx.x%WARP_SIZE;
     const int width  = a.d_v + 2;
-    const int stride = a.n_group*width; // from block to block
+    const int stride = a.n_group*width; // from part to part
+    const int n      = a.n_group*a.d_v;
 
-    // what each block's sum weighs: a warp for a head, a lane for a block
+    float * out = a.dst + (((int64_t) u.s*a.n_row + u.t)*a.n_head_kv + u.g)*n;
+
+    float y[MAX_PART + 1];
+    auto load = [&](int i) {
+        const float * from = part + i + i/a.d_v*2;
+#pragma unroll
+        for (int b = 0; b <= MAX_PART; ++b) {
+            y[b] = __ldcg(from + min(b, a.n_part)*stride); // what comes twice has no share
+        }
+    };
+    load(min((int) threadIdx.x, n - 1));
+
+    // what each part weighs: a warp for a head, a lane for a part
 #pragma unroll 1
-    for (int h = threadIdx.x/WARP_SIZE; h < a.n_group; h += N_WARP) {
-        const float * from = part + lane*stride + h*width + a.d_v;
-        const float   top  = lane < a.n_team ? __ldcg(from)     : -INFINITY;
-        const float   sum  = lane < a.n_team ? __ldcg(from + 1) : 0.0f;
-        const float   sink = a.sinks ? a.sinks[u.g*a.n_group + h] : -INFINITY;
+    for (int h = threadIdx.x/WARP_SIZE; h < a.n_group; h += FAC_WARP) {
+        const float * from = part + min(lane, a.n_part)*stride + h*width + a.d_v;
+        const float   top  = lane <= a.n_part ? __ldcg(from)     : -INFINITY;
+        const float   sum  = lane <= a.n_part ? __ldcg(from + 1) : 0.0f;
+        const float   sink = a.sinks ? a.sinks[u.g*a.n_group + h]*LOG2E : -INFINITY;
 
         const float all = warp_max(top);
         const float m   = fmaxf(all, sink);
-        const float f   = all > -INFINITY ? __expf(top - m) : 0.0f;
-        const float z   = warp_sum(f*sum) + (all > -INFINITY ? __expf(sink - m) : 1.0f);
-        if (lane < a.n_team) {
+        const float f   = all > -INFINITY ? exp2f(top - m) : 0.0f;
+        const float z   = warp_sum(f*sum) + (all > -INFINITY ? exp2f(sink - m) : 1.0f);
+        if (lane <= MAX_PART) {
             share[lane*a.n_group + h] = f/z;
         }
     }
     __syncthreads();
 
-    const int n  = a.n_group*a.d_v;
-    const int i0 = (int) ((int64_t) n* rank     /a.n_team);
-    const int i1 = (int) ((int64_t) n*(rank + 1)/a.n_team);
-
-    float * out = a.dst + (((int64_t) u.s*a.n_row + u.t)*a.n_head_kv + u.g)*n;
-
 #pragma unroll 1
-    for (int i = i0 + threadIdx.x; i < i1; i += N_THREAD) {
-        const int     h    = i/a.d_v;
-        const float * from = part + h*width + i%a.d_v;
-        float y = 0.0f;
-#pragma unroll 8
-        for (int b = 0; b < a.n_team; ++b) {
-            y += share[b*a.n_group + h]*__ldcg(from + b*stride);
+    for (int i = threadIdx.x; i < n; i += FAC_THREAD) {
+        if (i >= FAC_THREAD) {
+            load(i);
         }
-        out[i] = y;
+        const float * s = share + i/a.d_v;
+        float sum = 0.0f;
+#pragma unroll
+        for (int b = 0; b <= MAX_PART; ++b) {
+            sum += s[b*a.n_group]*y[b];
+        }
+        out[i] = sum;
     }
-    __syncthreads();
+}
+
+// grid: n_part blocks for each unit. NH: heads served at once.
+template <int NH, int LANES, bool F16>
+__global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
+    extern __shared__ float4 shared4[];
+    __shared__ __align__(16) select_shared sh;
+    __shared__ uint64_t done;
+
+    float * shared = (float *) shared4;
+    const fac_layout in(a);
+
+    const int rank = blockIdx.x;
+    const int at_u = blockIdx.y;
+    const unit u(a, a.unit0 + at_u);
+
+    // q is older than the kernel before
+#pragma unroll 1
+    for (int i = 4*threadIdx.x; i < a.n_slot*a.d_k; i += 4*FAC_THREAD) {
+        const int h = i/a.d_k;
+        *(float4 *) (shared + in.q + i) = h < a.n_group ?
+            *(const float4 *) ((const float *) (a.q + u.s*a.q_nb3 + u.t*a.q_nb1 + (u.g*a.n_group + h)*a.q_nb2) + i%a.d_k) :
+            make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
+    int32_t * list = a.list_len > 0 ? (int32_t *) (shared + in.list) : a.list + ((size_t) at_u*a.n_part + rank)*a.budget;
+    float   * part = a.part + (size_t) at_u*(a.n_part + 1)*a.n_group*(a.d_v + 2);
+
+    const select_found found = select_filter(a, u, at_u, rank, sh, list);
+
+    // first the block's own cells; then, in the block that finishes last, the candidates
+    int n = found.n_sure;
+#pragma unroll 1
+    for (int to = rank; ; to = a.n_part) {
+#pragma unroll 1
+        for (int h = 0; h < a.n_group; h += NH) {
+            fac_heads<NH, LANES, F16>(a, u, shared, h, list, n, part + (size_t) to*a.n_group*(a.d_v + 2));
+        }
+        if (to == a.n_part) {
+            break;
+        }
+        select_offer(a, at_u, rank, found);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            done = atomicAdd((unsigned long long *) a.done + at_u, 1ull << 32);
+        }
+        __syncthreads();
+        if (done >> 32 != a.n_part - 1) {
+            return;
+        }
+        __threadfence();
+        n = found.n_rest;
+        if (n > 0) {
+            select_rest(a, at_u, sh, found.bin, (uint32_t) done, n, list);
+        }
+    }
+    fac_merge(a, u, part, shared + in.part);
 }
 
 } // namespace fasa

@@ -23,7 +23,7 @@ struct index_write_args {
 
 constexpr int N_WARP = 8;
 
-// One warp for each (row, head). Shared memory: for each warp d values of K, then n_dim integers rounded up to 8.
+// One warp for each (row, head). Shared memory: for each warp d values of K, its head's dims, and n_dim integers rounded up to 8.
 __global__ void fasa_index_write(const index_write_args a) {
     extern __shared__ float4 shared4[];
     float * shared = (float *) shared4;
@@ -32,20 +32,24 @@ __global__ void fasa_index_write(const index_write_args a) {
     const int warp = threadIdx.y;
 
     ggml_cuda_pdl_lc(); // what follows may start, and waits for this kernel's end before it reads the index
-    ggml_cuda_pdl_sync();
 
     const int64_t unit = (int64_t) blockIdx.x*N_WARP + warp;
+    const int     g    = unit%a.n_head_kv;
+    const int n_dim_pad = (a.n_dim + 7)/8*8;
+    float * x    = shared + warp*(a.d + 2*n_dim_pad);
+    int   * dims = (int *) (x + a.d);
+    int   * v    = dims + n_dim_pad;
+    for (int j = lane; j < a.n_dim; j += WARP_SIZE) { // no kernel writes them
+        dims[j] = a.dims[g*a.n_dim + j];
+    }
+    ggml_cuda_pdl_sync();
+
     if (unit >= a.n_write*a.n_head_kv) {
         return;
     }
     const int64_t id   = a.cells[unit/a.n_head_kv];
-    const int     g    = unit%a.n_head_kv;
     const int64_t s    = id/a.n_cells;
     const int     cell = id%a.n_cells;
-
-    const int n_dim_pad = (a.n_dim + 7)/8*8;
-    float * x = shared + warp*(a.d + n_dim_pad);
-    int   * v = (int *) (x + a.d);
 
     const char * row = a.k + id*a.k_nb1 + g*a.k_head;
     for (int i = 4*lane; i < a.d; i += 4*WARP_SIZE) {
@@ -56,7 +60,6 @@ __global__ void fasa_index_write(const index_write_args a) {
         fasa::unrotate_warp(x, a.d, a.hadamard, lane);
     }
 
-    const int32_t * dims = a.dims + g*a.n_dim;
     char * tile = a.index + s*a.index_nb3 + g*a.index_nb2 + (size_t) (cell/GGML_FASA_TILE)*a.tile_size;
     const int c = cell%GGML_FASA_TILE;
 
@@ -146,6 +149,6 @@ void ggml_cuda_fasa_index_write(ggml_backend_cuda_context & ctx, ggml_tensor * d
     }
     a.k_head = ggml_row_size(k->type, a.d);
 
-    const size_t shared = N_WARP*(a.d + GGML_PAD(a.n_dim, 8))*sizeof(float);
-    fasa::launch(fasa_index_write, dim3((n_unit + N_WARP - 1)/N_WARP), dim3(WARP_SIZE, N_WARP), shared, ctx.stream(), fasa::TEAM_ALONE, 1, a);
+    const size_t shared = N_WARP*(a.d + 2*GGML_PAD(a.n_dim, 8))*sizeof(float);
+    fasa::launch(fasa_index_write, dim3((n_unit + N_WARP - 1)/N_WARP), dim3(WARP_SIZE, N_WARP), shared, ctx.stream(), a);
 }

@@ -1,7 +1,6 @@
 // Stage tip on CUDA: token importance prediction, paper section 4.1.
 //
-// tip_load_q puts the dominant dims of a group's queries into shared memory, tip_score leaves a softmax weight of every cell
-// and head, up to a factor, and tip_combine turns the weights into keys once the team knows each head's softmax sum.
+// A kernel over bands of cells. It writes the score of every cell and head, and of each block the softmax sum.
 
 #pragma once
 
@@ -10,19 +9,11 @@
 
 namespace fasa {
 
-// Asks for the block's part of the index ahead of time. May run before the kernels that this one depends on have ended.
-static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, int cell0) {
-#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-    const int n = min(a.n_cell, (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE*GGML_FASA_TILE - cell0);
-    if (threadIdx.x == 0 && n > 0) {
-        const char   * from = a.index + u.s*a.index_nb3 + u.g*a.index_nb2 + (size_t) (cell0/GGML_FASA_TILE)*a.tile_size;
-        const uint32_t size = n/GGML_FASA_TILE*a.tile_size;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(size));
-    }
-#endif
-    GGML_UNUSED(a);
-    GGML_UNUSED(u);
-    GGML_UNUSED(cell0);
+constexpr int TIP_WARP = 8;
+
+// Words of shared memory: the group's dims and queries, the dominant dims of the queries, and two words for each head.
+static size_t tip_shared(const attn_args & a) {
+    return GGML_PAD(a.n_dim, 8) + (size_t) a.n_slot*(a.d_k + GGML_PAD(a.n_dim, 8) + 2);
 }
 
 // The group's queries in shared memory.
@@ -33,19 +24,23 @@ struct tip_q {
     const int   * offset; // integer index: [n_slot], index offset times the sum of the bytes
 };
 
-// q_rows: [n_group][d_k] of shared memory, all the queries of the group, as fac reads them. q_tip, head: see block_layout.
-static __device__ tip_q tip_load_q(const attn_args & a, const unit & u, float * q_rows, float * q_tip, float * head) {
+// shared: of tip_shared, the dims in it.
+static __device__ tip_q tip_load_q(const attn_args & a, const unit & u, float * shared) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
 
-    const int32_t * dims = a.dims + u.g*a.n_dim;
+    const int * dims = (const int *) shared;
+    float * q_rows = shared + (a.n_dim + 7)/8*8;
+    float * q_tip  = q_rows + a.n_slot*a.d_k;
+    float * head   = q_tip  + a.n_slot*((a.n_dim + 7)/8*8);
+
     const bool f16   = a.index_type == GGML_FASA_INDEX_F16;
     const int  n_pad = (a.n_dim + 7)/8*8;
     float * factor = head;
     int   * offset = (int *) (head + a.n_slot);
 
 #pragma unroll 1
-    for (int h = warp; h < a.n_slot; h += N_WARP) {
+    for (int h = warp; h < a.n_slot; h += TIP_WARP) {
         if (h >= a.n_group) { // heads that only fill a slot
 #pragma unroll 1
             for (int j = lane; j < n_pad; j += WARP_SIZE) {
@@ -109,14 +104,6 @@ static __device__ tip_q tip_load_q(const attn_args & a, const unit & u, float * 
             if (lane == 0) {
                 factor[h] = __fdiv_rn(top, 127.0f);
                 offset[h] = sum*(a.index_type == GGML_FASA_INDEX_Q4 ? 8 : 128);
-            }
-        }
-
-        if (a.hadamard) { // fac wants the rows as they came
-            __syncwarp();
-#pragma unroll 1
-            for (int i = lane; i < a.d_k; i += WARP_SIZE) {
-                row[i] = src[i];
             }
         }
     }
@@ -227,220 +214,123 @@ static __device__ __forceinline__ void tip_cells_int(const attn_args & a, const 
     }
 }
 
-// Four neighbouring cells of a mask row from cell t on: bits 0 to 3 hidden, bits 4 to 7 forced. Cells from n_kv on are hidden.
-static __device__ __forceinline__ uint32_t mask_cells(const attn_args & a, const char * mask, int t) {
-    if (a.mask_f16 && t + 4 <= a.n_kv && a.n_kv%4 == 0) {
-        const uint2 m = *(const uint2 *) ((const uint16_t *) mask + t);
-        if ((m.x | m.y) == 0) {
-            return 0;
-        }
+// Asks for the index of a band. May run before the kernels that this one depends on have ended.
+static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const char * plane, int t) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+    const int n_tile = min(BAND/GGML_FASA_TILE, (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE - t/GGML_FASA_TILE);
+    if (threadIdx.x%WARP_SIZE == 0 && n_tile > 0) {
+        const char * from = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(n_tile*a.tile_size));
     }
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const mask_kind kind = t + i < a.n_kv ? mask_at(mask, a.mask_f16, t + i) : MASK_HIDDEN;
-        bits |= (kind == MASK_HIDDEN ? 0x01 : kind == MASK_FORCED ? 0x10 : 0) << i;
-    }
-    return bits;
+#endif
+    GGML_UNUSED(a);
+    GGML_UNUSED(plane);
+    GGML_UNUSED(t);
 }
 
-// An int that orders like the float.
-static __device__ __forceinline__ int ordered(float x) {
-    const int i = __float_as_int(x);
-    return i ^ ((i >> 31) & 0x7FFFFFFF);
-}
-
-static __device__ __forceinline__ float unordered(int i) {
-    return __int_as_float(i ^ ((i >> 31) & 0x7FFFFFFF));
-}
-
-// 2^(x - n) for an integer n >= x - 1, as 2^r times a power of two: for other n the result differs by that power exactly, so
-// that equal cells of different blocks tie. At least 2^-126.
-static __device__ __forceinline__ float exp2_from(float x, int n) {
-    constexpr float MAGIC = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    x = fmaxf(x, (float) (n - 126));
-    const float m = x + MAGIC;
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x - (m - MAGIC)));
-    const int k = max(__float_as_int(m) - __float_as_int(MAGIC) - n, -126);
-    return y*__int_as_float((k + 127) << 23);
-}
-
-constexpr float WEIGHT_HIDDEN = -1.0f;
-constexpr float WEIGHT_FORCED = INFINITY;
-
-// Weights of cells [cell0, cell0 + n_cell) of the unit: weight[h][cell - cell0] = exp(S_h) / 2^n_h with an integer n_h of the
-// block. The first head's is WEIGHT_HIDDEN or WEIGHT_FORCED where the cell is hidden (or beyond n_kv) or forced.
-// softmax: [n_group] pairs in global memory, n_h and the sum of the block's weights.
-// part: N_WARP * NH words of shared memory; top: NH words of it.
-template <int NH>
-static __device__ void tip_score(
-        const attn_args & a, const unit & u, const tip_q & q, int cell0, float * weight, float2 * softmax, float * part, int * top) {
-    constexpr float LOG2E = 1.44269504f;
+// grid: n_scan blocks of TIP_WARP warps for each unit. NH: heads scored at once.
+template <int NH, int TYPE>
+__global__ void __launch_bounds__(TIP_WARP*WARP_SIZE, NH > 4 ? 2 : 3) fasa_tip(const attn_args a) {
+    extern __shared__ float4 shared4[];
+    __shared__ float2 part[TIP_WARP][NH];
 
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
+    const int at_u = blockIdx.y;
+    const unit u(a, a.unit0 + at_u);
 
     const char * plane = a.index + u.s*a.index_nb3 + u.g*a.index_nb2;
+    for (int t = (blockIdx.x*TIP_WARP + warp)*BAND; t < a.n_pad; t += a.n_scan*TIP_WARP*BAND) {
+        tip_prefetch(a, plane, t);
+    }
+    for (int j = threadIdx.x; j < a.n_dim; j += TIP_WARP*WARP_SIZE) { // no kernel writes them
+        ((int *) shared4)[j] = a.dims[u.g*a.n_dim + j];
+    }
+    __syncthreads();
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
     const char * mask  = a.mask  + u.s*a.mask_nb3  + u.t*a.mask_nb1;
+    float      * score = a.score + (size_t) at_u*a.n_group*a.n_pad;
+
+    if (blockIdx.x == 0) {
+        for (int b = threadIdx.x; b < N_BIN; b += TIP_WARP*WARP_SIZE) {
+            a.hist[at_u*N_BIN + b] = 0;
+        }
+        if (threadIdx.x == 0) {
+            a.done[at_u] = 0;
+        }
+    }
+
+    const tip_q q = tip_load_q(a, u, (float *) shared4);
 
 #pragma unroll 1
     for (int h0 = 0; h0 < a.n_group; h0 += NH) {
-        if (threadIdx.x < NH) {
-            top[threadIdx.x] = ordered(-INFINITY);
-        }
-        __syncthreads();
-
-        float peak[NH];
+        float m[NH];
+        float z[NH];
 #pragma unroll
         for (int h = 0; h < NH; ++h) {
-            peak[h] = -INFINITY;
+            m[h] = -INFINITY;
+            z[h] = 0.0f;
         }
 #pragma unroll 1
-        for (int at = warp*BAND + 4*lane; at < a.n_cell; at += N_WARP*BAND) {
-            const int      t    = cell0 + at;
-            const uint32_t bits = mask_cells(a, mask, t);
-
-            float s[NH][4];
+        for (int t = (blockIdx.x*TIP_WARP + warp)*BAND + 4*lane; t < a.n_pad; t += a.n_scan*TIP_WARP*BAND) {
+            mask_four four;
+            four.load(a, mask, t);
+            float s[NH][4] = {};
             if (t < a.n_kv) {
                 const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
-                const int c = t%GGML_FASA_TILE;
-                switch (a.index_type) {
-                    case GGML_FASA_INDEX_F16: tip_cells_f16<NH>       (a, q, h0, tile, c, s); break;
-                    case GGML_FASA_INDEX_Q8:  tip_cells_int<NH, false>(a, q, h0, tile, c, s); break;
-                    default:                  tip_cells_int<NH, true> (a, q, h0, tile, c, s); break;
+                const int    c    = t%GGML_FASA_TILE;
+                if constexpr (TYPE == GGML_FASA_INDEX_F16) {
+                    tip_cells_f16<NH>(a, q, h0, tile, c, s);
+                } else {
+                    tip_cells_int<NH, TYPE == GGML_FASA_INDEX_Q4>(a, q, h0, tile, c, s);
                 }
             }
-            if (bits & 0x0F) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-#pragma unroll
-                    for (int h = 0; h < NH; ++h) {
-                        s[h][i] = bits >> i & 1 ? -INFINITY : s[h][i];
-                    }
-                }
-            }
+            const uint32_t bits = four.bits(a, mask, t);
 #pragma unroll
             for (int h = 0; h < NH; ++h) {
-                peak[h] = fmaxf(peak[h], fmaxf(fmaxf(s[h][0], s[h][1]), fmaxf(s[h][2], s[h][3])));
-                if (h0 + h < a.n_group) {
-                    *(float4 *) (weight + (size_t) (h0 + h)*a.n_cell + at) = make_float4(s[h][0], s[h][1], s[h][2], s[h][3]);
-                }
-            }
-        }
 #pragma unroll
-        for (int h = 0; h < NH; ++h) {
-            peak[h] = warp_max(peak[h]);
-            if (lane == 0) {
-                atomicMax(&top[h], ordered(peak[h]));
-            }
-        }
-        __syncthreads();
-
-        int   n[NH];
-        float sum[NH];
-#pragma unroll
-        for (int h = 0; h < NH; ++h) {
-            const float m = unordered(top[h]);
-            n[h]   = m > -INFINITY ? (int) ceilf(m*LOG2E) : 0;
-            sum[h] = 0.0f;
-        }
-        // each thread its own cells again
-#pragma unroll 1
-        for (int at = warp*BAND + 4*lane; at < a.n_cell; at += N_WARP*BAND) {
-            const uint32_t bits = mask_cells(a, mask, cell0 + at);
-#pragma unroll
-            for (int h = 0; h < NH; ++h) {
-                if (h0 + h < a.n_group) {
-                    float4 * to = (float4 *) (weight + (size_t) (h0 + h)*a.n_cell + at);
-                    float4 w = *to;
-                    w.x = bits & 1 ? 0.0f : exp2_from(w.x*LOG2E, n[h]);
-                    w.y = bits & 2 ? 0.0f : exp2_from(w.y*LOG2E, n[h]);
-                    w.z = bits & 4 ? 0.0f : exp2_from(w.z*LOG2E, n[h]);
-                    w.w = bits & 8 ? 0.0f : exp2_from(w.w*LOG2E, n[h]);
-                    sum[h] += (w.x + w.y) + (w.z + w.w);
-                    *to = w;
-                }
-            }
-            if (bits && h0 == 0) {
                 for (int i = 0; i < 4; ++i) {
-                    if (bits >> i & 0x11) {
-                        weight[at + i] = bits >> i & 1 ? WEIGHT_HIDDEN : WEIGHT_FORCED;
-                    }
+                    s[h][i] = bits >> i & 1 ? -INFINITY : s[h][i]*LOG2E;
+                }
+                if (h0 + h < a.n_group) {
+                    *(float4 *) (score + (size_t) (h0 + h)*a.n_pad + t) = make_float4(s[h][0], s[h][1], s[h][2], s[h][3]);
+                }
+                const float top = fmaxf(fmaxf(s[h][0], s[h][1]), fmaxf(s[h][2], s[h][3]));
+                if (top > -INFINITY) {
+                    const float now = fmaxf(m[h], top);
+                    z[h] = z[h]*exp2f(m[h] - now) +
+                        ((exp2f(s[h][0] - now) + exp2f(s[h][1] - now)) + (exp2f(s[h][2] - now) + exp2f(s[h][3] - now)));
+                    m[h] = now;
                 }
             }
         }
 #pragma unroll
         for (int h = 0; h < NH; ++h) {
-            sum[h] = warp_sum(sum[h]);
+            const float all = warp_max(m[h]);
+            const float sum = warp_sum(m[h] > -INFINITY ? z[h]*exp2f(m[h] - all) : 0.0f);
             if (lane == 0) {
-                part[warp*NH + h] = sum[h];
+                part[warp][h] = make_float2(all, sum);
             }
         }
         __syncthreads();
         if (threadIdx.x < NH && h0 + threadIdx.x < a.n_group) {
-            float z = 0.0f;
-#pragma unroll 4
-            for (int w = 0; w < N_WARP; ++w) {
-                z += part[w*NH + threadIdx.x];
+            float all = -INFINITY;
+#pragma unroll
+            for (int w = 0; w < TIP_WARP; ++w) {
+                all = fmaxf(all, part[w][threadIdx.x].x);
             }
-            const float m = unordered(top[threadIdx.x]);
-            __stcg(softmax + h0 + threadIdx.x, make_float2(m > -INFINITY ? ceilf(m*LOG2E) : -INFINITY, z));
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < TIP_WARP; ++w) {
+                const float2 p = part[w][threadIdx.x];
+                sum += p.x > -INFINITY ? p.y*exp2f(p.x - all) : 0.0f;
+            }
+            a.softmax[((size_t) at_u*a.n_scan + blockIdx.x)*a.n_group + h0 + threadIdx.x] = make_float2(all, sum);
         }
         __syncthreads();
     }
-}
-
-// Keys of the block's cells, over the weights of the first head. softmax: the whole team's, [n_team][n_group] pairs.
-// factor: [n_group] of shared memory, what makes the block's weights softmax values.
-// hist: [N_BIN] of shared memory, the count of visible cells by bin.
-static __device__ void tip_combine(
-        const attn_args & a, int rank, float * weight, const float2 * softmax, float * factor, uint32_t * hist) {
-    const int lane = threadIdx.x%WARP_SIZE;
-    const int warp = threadIdx.x/WARP_SIZE;
-
-    *(uint4 *) (hist + 4*threadIdx.x) = make_uint4(0, 0, 0, 0);
-    static_assert(N_BIN == 4*N_THREAD, "four bins for each thread");
-#pragma unroll 1
-    for (int h = warp; h < a.n_group; h += N_WARP) {
-        const float2 f = lane < a.n_team ? __ldcg(softmax + lane*a.n_group + h) : make_float2(-INFINITY, 0.0f);
-        const float n  = warp_max(f.x);
-        const float z  = warp_sum(f.x > -INFINITY ? f.y*exp2f(f.x - n) : 0.0f);
-        if (lane == rank) {
-            factor[h] = f.x > -INFINITY ? exp2f(f.x - n)*__fdiv_rn(1.0f, z) : 0.0f;
-        }
-    }
-    __syncthreads();
-
-#pragma unroll 1
-    for (int at = 4*threadIdx.x; at < a.n_cell; at += 4*N_THREAD) {
-        const float4 w0 = *(const float4 *) (weight + at);
-        const float  f0 = factor[0];
-        float4 p = make_float4(w0.x*f0, w0.y*f0, w0.z*f0, w0.w*f0);
-#pragma unroll 1
-        for (int h = 1; h < a.n_group; ++h) {
-            const float4 w = *(const float4 *) (weight + (size_t) h*a.n_cell + at);
-            const float  f = factor[h];
-            p.x += w.x*f;
-            p.y += w.y*f;
-            p.z += w.z*f;
-            p.w += w.w*f;
-        }
-        auto key_of = [](float w, float p) {
-            return w == WEIGHT_HIDDEN ? KEY_HIDDEN : w == WEIGHT_FORCED ? KEY_FORCED : __float_as_uint(p) + 1;
-        };
-        const uint4 key = make_uint4(key_of(w0.x, p.x), key_of(w0.y, p.y), key_of(w0.z, p.z), key_of(w0.w, p.w));
-        *(uint4 *) (weight + at) = key;
-
-        const uint32_t keys[4] = { key.x, key.y, key.z, key.w };
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (keys[i] != KEY_HIDDEN) {
-                atomicAdd(&hist[bin_of(keys[i])], 1);
-            }
-        }
-    }
-    __syncthreads();
 }
 
 } // namespace fasa
