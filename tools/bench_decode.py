@@ -41,7 +41,7 @@ def parse_stats(stderr):
     stats.update(counts("n_layer_sparse n_layer_dense", r"layers (\d+) sparse (\d+) dense"))
     stats.update(counts("n_tip_min n_tip_max", r"n_tip (\d+) to (\d+)"))
     stats["index_type"] = re.search(r"index (\w+) \d+ bytes", found[0])[1]
-    stats.update(counts("index_bytes kv_bytes", r"index \w+ (\d+) bytes, kv (\d+) bytes"))
+    stats.update(counts("index_bytes kv_bytes mapped_bytes", r"index \w+ (\d+) bytes, kv (\d+) bytes, mapped (\d+) bytes"))
     stats.update(counts("n_step_sparse n_step_dense n_step_prefill", r"steps (\d+) sparse (\d+) dense (\d+) prefill"))
     return stats
 

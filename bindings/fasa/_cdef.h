@@ -21,6 +21,12 @@ enum llama_fasa_mode {
     LLAMA_FASA_MODE_ON   = 2,
 };
 
+enum llama_fasa_variant {
+    LLAMA_FASA_VARIANT_AUTO = 0,
+    LLAMA_FASA_VARIANT_C    = 1,
+    LLAMA_FASA_VARIANT_M    = 2,
+};
+
 #define LLAMA_FASA_BUDGET_DEFAULT 256
 #define LLAMA_FASA_N_SINK_DEFAULT 4
 #define LLAMA_FASA_N_RECENT_DEFAULT 32
@@ -35,6 +41,7 @@ struct llama_fasa_params {
     int32_t n_recent;
     int32_t max_batch;
     int32_t index_type;
+    int32_t variant;
 };
 
 struct llama_fasa_info {
@@ -50,6 +57,7 @@ struct llama_fasa_info {
     int32_t  index_type;
     uint64_t index_bytes;
     uint64_t kv_bytes;
+    uint64_t mapped_bytes;
 };
 
 struct llama_fasa_stats {

@@ -10,6 +10,8 @@ from .errors import FasaConfigError
 
 Mode = Union[bool, str]
 
+VARIANTS = ("auto", "c", "m")  # by enum llama_fasa_variant
+
 
 @dataclass(frozen=True)
 class FasaParams:
@@ -22,6 +24,8 @@ class FasaParams:
         n_recent: last tokens of a sequence that are always kept, the query's own included; at least 0.
         max_batch: most query rows per sequence that decode sparse; at least 1.
         index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
+        variant: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, CUDA only) or "auto" (c if
+            it fits into the memory of the device, else m).
     """
 
     mode: Mode = "auto"
@@ -30,6 +34,7 @@ class FasaParams:
     n_recent: int | None = None
     max_batch: int | None = None
     index_type: str | None = None
+    variant: str = "auto"
 
     def to_c(self) -> Any:
         """A new ``struct llama_fasa_params *``; FasaConfigError for a value that C could take for "not set"."""
@@ -50,6 +55,9 @@ class FasaParams:
             c.index_type = lib.llama_fasa_index_type(str(self.index_type).encode())
             if c.index_type < 0:
                 raise FasaConfigError(f"index_type must be 'f16', 'q8' or 'q4', not {self.index_type!r}")
+        if self.variant not in VARIANTS:
+            raise FasaConfigError(f"variant must be 'auto', 'c' or 'm', not {self.variant!r}")
+        c.variant = VARIANTS.index(self.variant)
         return c
 
 
@@ -77,6 +85,7 @@ class FasaInfo:
     index_type: str
     index_bytes: int
     kv_bytes: int
+    mapped_bytes: int
 
     @classmethod
     def from_c(cls, c: Any) -> FasaInfo:

@@ -31,6 +31,8 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_recent: last tokens that are always kept, the query's own included.
         fasa_max_batch: most query rows of a sequence that decode sparse; larger batches are dense.
         fasa_index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
+        fasa_mode: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, of which a CUDA device
+            reads the selected tokens only) or "auto" (c if it fits into the memory of the device, else m).
         **kwargs: of `llama_cpp.Llama`. flash_attn, which FASA needs, is switched on if FASA is going to run and it is
             not given.
 
@@ -53,9 +55,10 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_recent: int | None = None,
         fasa_max_batch: int | None = None,
         fasa_index_type: str | None = None,
+        fasa_mode: str = "auto",
         **kwargs: Any,
     ) -> None:
-        self._fasa = FasaParams(fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type)
+        self._fasa = FasaParams(fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode)
         params = self._fasa.to_c()
         self._fasa_flash_attn: bool | None = kwargs.pop("flash_attn", None)
         if fasa is True and self._fasa_flash_attn is False:
@@ -136,6 +139,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
             fasa_recent=fasa.n_recent,
             fasa_max_batch=fasa.max_batch,
             fasa_index_type=fasa.index_type,
+            fasa_mode=fasa.variant,
             flash_attn=self._fasa_flash_attn,
         )
         return state

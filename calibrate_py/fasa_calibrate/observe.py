@@ -271,7 +271,7 @@ class _FasaParams(ctypes.Structure):
     """struct llama_fasa_params; mode 0 is off."""
 
     _fields_ = [
-        (name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type")
+        (name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "variant")
     ]
 
 

@@ -60,6 +60,18 @@ static void set_index_type(common_params &, const std::string & value) {
     apply(fasa);
 }
 
+static const char * const VARIANTS[] = { "auto", "c", "m" }; // by enum llama_fasa_variant
+
+static void set_variant(common_params &, const std::string & value) {
+    llama_fasa_params fasa = llama_fasa_get_params();
+    const auto it = std::find(std::begin(VARIANTS), std::end(VARIANTS), value);
+    if (it == std::end(VARIANTS)) {
+        throw std::invalid_argument("expected auto, c or m, got '" + value + "'");
+    }
+    fasa.variant = it - std::begin(VARIANTS);
+    apply(fasa);
+}
+
 static std::string index_type_name(int32_t type) {
     return ggml_fasa_index_type_name((ggml_fasa_index_type) type);
 }
@@ -101,6 +113,11 @@ std::vector<common_arg> fasa_args() {
         {"--fasa-index-type"}, "[f16|q8|q4]",
         with_default("how FASA's index keeps the dominant dims of K", index_type_name(LLAMA_FASA_INDEX_TYPE_DEFAULT)),
         set_index_type).set_env("LLAMA_ARG_FASA_INDEX_TYPE"));
+    args.push_back(common_arg(
+        {"--fasa-mode"}, "[auto|c|m]",
+        "where K and V are: 'c' where llama.cpp keeps them, 'm' in pinned host memory, of which a CUDA device reads the "
+        "selected tokens only; 'auto' is c if that fits into the memory of the device, else m (default: auto)",
+        set_variant).set_env("LLAMA_ARG_FASA_MODE"));
     return args;
 }
 
@@ -188,10 +205,10 @@ void fasa_bench_set_next() {
     const llama_fasa_params & fasa = bench_settings[bench_next++ % bench_settings.size()];
     apply(fasa);
     if (bench_given) {
-        fprintf(stderr, "fasa: mode %s, budget %s, sink %s, recent %s, max batch %s, index type %s\n", mode_name(fasa.mode),
+        fprintf(stderr, "fasa: mode %s, budget %s, sink %s, recent %s, max batch %s, index type %s, mode %s\n", mode_name(fasa.mode),
                 count_name(fasa.budget, 0).c_str(), count_name(fasa.n_sink, -1).c_str(),
                 count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str(),
-                fasa.index_type < 0 ? "not set" : index_type_name(fasa.index_type).c_str());
+                fasa.index_type < 0 ? "not set" : index_type_name(fasa.index_type).c_str(), VARIANTS[fasa.variant]);
     }
 }
 
@@ -203,9 +220,10 @@ void fasa_bench_stats(const llama_context * ctx) {
     const llama_fasa_stats stats = llama_fasa_get_stats(ctx);
     fprintf(stderr,
             "fasa: budget %d, layers %d sparse %d dense, n_tip %d to %d, index %s %" PRIu64 " bytes, kv %" PRIu64 " bytes, "
+            "mapped %" PRIu64 " bytes, "
             "steps %" PRIu64 " sparse %" PRIu64 " dense %" PRIu64 " prefill, index rebuilt %" PRIu64 " times\n",
             info.budget, info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max,
-            index_type_name(info.index_type).c_str(), info.index_bytes, info.kv_bytes, stats.n_step_sparse,
+            index_type_name(info.index_type).c_str(), info.index_bytes, info.kv_bytes, info.mapped_bytes, stats.n_step_sparse,
             stats.n_step_dense, stats.n_step_prefill, stats.n_index_rebuild);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "ggml-fasa-mapped.h"
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 

@@ -20,6 +20,13 @@ enum llama_fasa_mode {
     LLAMA_FASA_MODE_ON   = 2, // always; a context that cannot is not created
 };
 
+// Where K and V of the layers that decode sparse are kept.
+enum llama_fasa_variant {
+    LLAMA_FASA_VARIANT_AUTO = 0, // C if it fits into the free memory of the layer's device, else M
+    LLAMA_FASA_VARIANT_C    = 1, // where llama.cpp keeps them (FASA-C)
+    LLAMA_FASA_VARIANT_M    = 2, // in pinned host memory, which the device reads in place; the index stays there (FASA-M, CUDA)
+};
+
 #define LLAMA_FASA_BUDGET_DEFAULT    256
 #define LLAMA_FASA_N_SINK_DEFAULT      4
 #define LLAMA_FASA_N_RECENT_DEFAULT   32
@@ -35,6 +42,7 @@ struct llama_fasa_params {
     int32_t n_recent;   // last tokens of a sequence that are always kept, the query's own included; -1 = not set
     int32_t max_batch;  // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
     int32_t index_type; // enum ggml_fasa_index_type; -1 = not set
+    int32_t variant;    // enum llama_fasa_variant
 };
 
 // What a context runs.
@@ -51,6 +59,7 @@ struct llama_fasa_info {
     int32_t  index_type;     // enum ggml_fasa_index_type
     uint64_t index_bytes;    // size of the index cache
     uint64_t kv_bytes;       // size of the K and V cache
+    uint64_t mapped_bytes;   // part of kv_bytes that is in host memory and read by the device in place (FASA-M); 0: FASA-C
 };
 
 // What a context has run. A step is one ubatch.

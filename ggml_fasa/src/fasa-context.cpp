@@ -4,6 +4,7 @@
 
 #include "fasa-graph.h"
 #include "fasa-index-cache.h"
+#include "ggml-fasa-mapped.h"
 #include "ggml-fasa.h"
 
 #include "llama-context.h"
@@ -14,6 +15,7 @@
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -26,6 +28,7 @@ static thread_local std::string fasa_error;
 llama_fasa_params llama_fasa_default_params(void) {
     return {
         LLAMA_FASA_MODE_AUTO, /*.budget =*/ 0, /*.n_sink =*/ -1, /*.n_recent =*/ -1, /*.max_batch =*/ 0, /*.index_type =*/ -1,
+        LLAMA_FASA_VARIANT_AUTO,
     };
 }
 
@@ -43,6 +46,7 @@ int32_t llama_fasa_set_params(const llama_fasa_params * params) {
     check("n_recent",   params->n_recent,   -1, LLAMA_FASA_COUNT_MAX);
     check("max_batch",  params->max_batch,   0, LLAMA_FASA_COUNT_MAX);
     check("index_type", params->index_type, -1, GGML_FASA_INDEX_COUNT - 1);
+    check("variant",    params->variant,    LLAMA_FASA_VARIANT_AUTO, LLAMA_FASA_VARIANT_M);
     if (!fasa_error.empty()) {
         return -1;
     }
@@ -242,6 +246,13 @@ struct llama_fasa_support {
         return "";
     }
 
+    // Whether a part of the cache is in mapped memory.
+    static bool mapped(const llama_kv_cache * kv) {
+        return kv && std::any_of(kv->layers.begin(), kv->layers.end(), [](const auto & layer) {
+            return layer.k && ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(layer.k->buffer));
+        });
+    }
+
     static llama_fasa_index_cache * attach(llama_kv_cache & kv, const llama_fasa_metadata & md, const llama_fasa_config & config) {
         kv.fasa = std::make_shared<llama_fasa_index_cache>(kv, md, config);
         return kv.fasa.get();
@@ -309,7 +320,7 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     llama_kv_cache * kv = full_attention_cache(memory);
     const std::string reason = llama_fasa_support::reason(model, cparams, kv, config);
     if (!reason.empty()) {
-        if (must) {
+        if (must || llama_fasa_support::mapped(kv)) { // dense steps over mapped memory would crawl
             throw std::runtime_error("FASA: " + reason);
         }
         LLAMA_LOG_WARN("fasa: %s: decoding dense\n", reason.c_str());
@@ -320,10 +331,11 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
 
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
-    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
-            "%s index of %.2f MiB beside %.2f MiB of K and V\n", info.n_layer_sparse, info.n_layer_dense, info.n_tip_min,
-            info.n_tip_max, info.budget, info.n_sink, info.n_recent, info.max_batch,
-            ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0, info.kv_bytes/1024.0/1024.0);
+    LLAMA_LOG_WARN("fasa: FASA-%s, %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d "
+            "rows, %s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of them in mapped host memory\n",
+            info.mapped_bytes > 0 ? "M" : "C", info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max,
+            info.budget, info.n_sink, info.n_recent, info.max_batch, ggml_fasa_index_type_name(config.index_type),
+            info.index_bytes/1024.0/1024.0, info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0);
     return fasa;
 }
 

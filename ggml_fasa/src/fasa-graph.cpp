@@ -27,6 +27,18 @@ private:
     const int64_t             n_rows;
 };
 
+// llama.cpp's attention over K and V staged: copied to the device as a whole, if they are in mapped memory. The copies live
+// until the attention of the layer is done, so the layers share their memory.
+ggml_tensor * build_staged(
+        const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
+        ggml_tensor * sinks, float kq_scale, int il) {
+    if (graph.cparams.fasa->find(k->view_src)->mapped) {
+        k = ggml_cont(graph.ctx0, k);
+        v = ggml_cont(graph.ctx0, v);
+    }
+    return graph.build_attn_mha(q, k, v, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
+}
+
 // The rows from n on of a step whose first n are sparse, by llama.cpp's attention.
 ggml_tensor * build_rest(
         const llm_graph_context & graph, int64_t n, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
@@ -34,7 +46,7 @@ ggml_tensor * build_rest(
     q = ggml_view_3d(graph.ctx0, q, q->ne[0], q->ne[1], q->ne[2] - n, q->nb[1], q->nb[2], n*q->nb[2]);
     kq_mask = ggml_view_4d(graph.ctx0, kq_mask, kq_mask->ne[0], kq_mask->ne[1] - n, 1, 1,
             kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], n*kq_mask->nb[1]);
-    return graph.build_attn_mha(q, k, v, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    return build_staged(graph, q, k, v, kq_mask, sinks, kq_scale, il);
 }
 
 } // namespace
@@ -57,11 +69,11 @@ ggml_tensor * llama_fasa_build_attn(
     // only facts that a reused graph shares may decide here: n_kv, and what input_step compares
     const int64_t n_sparse = fasa->config.n_sparse_rows(graph.ubatch, k->ne[2]);
     if (n_sparse == 0) {
-        return nullptr;
+        return layer->mapped ? build_staged(graph, q, k, v, kq_mask, sinks, kq_scale, il) : nullptr;
     }
     const bool whole = n_sparse == graph.n_tokens;
 
-    const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer);
+    const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer) && !layer->mapped;
     // a layer that attends to another one's K has no FCs of its own
     const bool sparse = layer->n_tip > 0 && layer->il == il;
     if (!sparse && (!on_host || !whole)) {

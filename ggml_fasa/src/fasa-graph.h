@@ -5,6 +5,8 @@
 
 #include "llama.h"
 
+#include "ggml-backend.h"
+
 #include <memory>
 
 struct gguf_context;
@@ -22,6 +24,11 @@ struct llm_graph_context;
 // llama-context: once the memory module exists. Returns the index cache that serves the context, or NULL if it stays
 // dense. Throws std::runtime_error if FASA was asked for and cannot run.
 llama_fasa_index_cache * llama_fasa_attach(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
+
+// llama-kv-cache: where K and V of a layer go. buft: where llama.cpp puts them, memory of the layer's device; or mapped host memory
+// in variant M. n_cells: of all streams.
+ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, const llama_model & model, uint32_t il,
+        ggml_type type_k, ggml_type type_v, uint64_t n_cells);
 
 // llama-graph: tip -> select -> fac, or fac alone for a dense layer, in place of llama.cpp's attention; NULL where that
 // must stay.

@@ -1,6 +1,7 @@
 #include "fasa-index-cache.h"
 
 #include "fasa-graph.h"
+#include "ggml-fasa-mapped.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -51,7 +52,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
     const bool no_alloc = kv.hparams.no_alloc;
 
-    // one context for each buffer type that holds K, so that an index lives beside its K
+    // one context for each buffer type, since an index lives beside its K, or on the device that reads a mapped K
     struct buft_ctx {
         ggml_context_ptr index;
         ggml_context_ptr dims;
@@ -68,18 +69,22 @@ llama_fasa_index_cache::llama_fasa_index_cache(
     };
 
     for (const auto & cache : kv.layers) {
-        kv_bytes += ggml_nbytes(cache.k) + (cache.v ? ggml_nbytes(cache.v) : 0);
+        const bool     mapped = ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(cache.k->buffer));
+        const uint64_t bytes  = ggml_nbytes(cache.k) + (cache.v ? ggml_nbytes(cache.v) : 0);
+        kv_bytes     += bytes;
+        mapped_bytes += mapped ? bytes : 0;
 
         const llama_fasa_layer meta = metadata.layer(cache.il);
 
-        layer l = { (int32_t) cache.il, meta.n_tip, cache.k, nullptr, nullptr };
+        layer l = { (int32_t) cache.il, meta.n_tip, mapped, cache.k, nullptr, nullptr };
         layer_of_k[l.k] = layers.size();
         if (l.n_tip == 0) {
             layers.push_back(l);
             continue;
         }
 
-        buft_ctx & ctx = ctxs[ggml_backend_buffer_get_type(cache.k->buffer)];
+        buft_ctx & ctx = ctxs[mapped ? ggml_backend_dev_buffer_type(kv.model.dev_layer(cache.il))
+                                         : ggml_backend_buffer_get_type(cache.k->buffer)];
         if (!ctx.index) {
             ctx.index = new_ctx(kv.layers.size());
             ctx.dims  = new_ctx(kv.layers.size());
@@ -291,6 +296,7 @@ llama_fasa_info llama_fasa_index_cache::info() const {
     info.index_type     = config.index_type;
     info.index_bytes    = index_bytes;
     info.kv_bytes       = kv_bytes;
+    info.mapped_bytes   = mapped_bytes;
     for (const layer & l : layers) {
         if (l.n_tip == 0) {
             info.n_layer_dense++;

@@ -54,6 +54,7 @@ struct llama_fasa_index_cache {
     struct layer {
         int32_t       il;
         int32_t       n_tip; // 0: a dense layer, which has no index and no dims
+        bool          mapped; // K and V are in mapped host memory
         ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
@@ -97,5 +98,6 @@ private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
 
     uint64_t index_bytes = 0;
-    uint64_t kv_bytes    = 0;
+    uint64_t kv_bytes     = 0;
+    uint64_t mapped_bytes = 0;
 };

@@ -1,0 +1,20 @@
+// Host memory that a device reads and writes in place: where FASA-M keeps K and V.
+
+#pragma once
+
+#include "ggml-backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The buffer type of pinned host memory mapped into the devices of dev's backend; NULL if that backend has none (only CUDA
+// does). An allocation that cannot be pinned fails, with one sentence in the log; pageable memory is never used instead.
+GGML_API ggml_backend_buffer_type_t ggml_fasa_mapped_buffer_type(ggml_backend_dev_t dev);
+
+// Whether buft is what ggml_fasa_mapped_buffer_type returns.
+GGML_API bool ggml_fasa_buft_is_mapped(ggml_backend_buffer_type_t buft);
+
+#ifdef __cplusplus
+}
+#endif

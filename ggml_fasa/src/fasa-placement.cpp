@@ -1,0 +1,72 @@
+// Where K and V go: in the memory of the layer's device (variant C), or in host memory that the device reads in place
+// (variant M), so that only the index takes device memory.
+
+#include "fasa-graph.h"
+#include "fasa-metadata.h"
+#include "ggml-fasa-mapped.h"
+#include "ggml-fasa.h"
+#include "llama-fasa.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <stdexcept>
+
+// What variant C leaves free on a device for everything else: compute buffers, and the margin of llama.cpp's own fitting.
+static constexpr uint64_t RESERVE = 1ull << 30;
+
+// Bytes that K, V and index of all layers on a device take in variant C.
+static uint64_t bytes_on_device(const llama_model & model, ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
+    const llama_hparams & hparams = model.hparams;
+    uint64_t row = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (model.dev_layer(il) != dev || !hparams.has_kv(il) || hparams.is_swa(il)) {
+            continue;
+        }
+        row += ggml_row_size(type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, hparams.n_embd_v_gqa(il));
+        const llama_fasa_layer layer = model.fasa->layer(il);
+        if (layer.n_tip > 0) {
+            row += ggml_fasa_tile_size(GGML_FASA_INDEX_Q4, 2*layer.n_tip)*layer.n_head_kv/GGML_FASA_TILE;
+        }
+    }
+    return row*n_cells;
+}
+
+static uint64_t free_on_device(const llama_model & model, ggml_backend_dev_t dev) {
+    size_t free, total;
+    ggml_backend_dev_memory(dev, &free, &total);
+    if (model.hparams.no_alloc) { // the weights are yet to come
+        for (const auto & [buft, size] : model.memory_breakdown()) {
+            if (ggml_backend_buft_get_device(buft) == dev && !ggml_backend_buft_is_host(buft)) {
+                free -= std::min(free, size);
+            }
+        }
+    }
+    return free;
+}
+
+ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, const llama_model & model, uint32_t il,
+        ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
+    const llama_fasa_params     params = llama_fasa_get_params();
+    const llama_fasa_metadata * md     = model.fasa.get();
+
+    const bool wanted = params.mode == LLAMA_FASA_MODE_ON ||
+            (params.mode == LLAMA_FASA_MODE_AUTO && md && (params.budget > 0 || md->budget >= 0));
+    if (!wanted || params.variant == LLAMA_FASA_VARIANT_C || !md || !md->usable() || md->layer(il).n_tip == 0 ||
+            ggml_backend_buft_is_host(buft)) {
+        return buft;
+    }
+
+    ggml_backend_dev_t         dev    = model.dev_layer(il);
+    ggml_backend_buffer_type_t mapped = ggml_fasa_mapped_buffer_type(dev);
+    if (params.variant == LLAMA_FASA_VARIANT_M) {
+        if (!mapped) {
+            throw std::runtime_error(format("FASA: mode m needs a CUDA device, and layer %u is on %s", il, ggml_backend_dev_name(dev)));
+        }
+        return mapped;
+    }
+    if (!mapped || bytes_on_device(model, dev, type_k, type_v, n_cells) + RESERVE <= free_on_device(model, dev)) {
+        return buft;
+    }
+    return mapped;
+}
