@@ -1,5 +1,7 @@
 """Stage loader: every way in which fasa.* keys can be wrong, each from a hand-made file, has a sentence of its own."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,10 @@ BROKEN = {
     "n_recent of another type": ({"fasa.n_recent": [1]}, "fasa.n_recent is not a u32"),
     "index_type unknown": ({"fasa.index_type": "q5"}, "fasa.index_type is none of f16, q8 and q4"),
     "index_type of another type": ({"fasa.index_type": 2}, "fasa.index_type is not a string"),
+    "center of integers": ({"fasa.center": [0] * 2 * N_FC}, "fasa.center is not an f32 array"),
+    "center too short": ({"fasa.center": array(F32, [0.0] * (2 * N_FC - 1))}, f"fasa.center has {2 * N_FC - 1} values"),
+    "center NaN": ({"fasa.center": array(F32, [0.0] * (2 * N_FC - 1) + [math.nan])}, "fasa.center is nan in layer"),
+    "center huge": ({"fasa.center": array(F32, [-1e6] + [0.0] * (2 * N_FC - 1))}, "fasa.center is -1e+06 in layer 0"),
 }
 
 # files that llama.cpp itself must refuse to read

@@ -42,7 +42,9 @@ TYPES = {  # docs/metadata.md
     "calibration.budget": gguf.GGUFValueType.UINT32,
     "calibration.n_sink": gguf.GGUFValueType.UINT32,
     "calibration.n_recent": gguf.GGUFValueType.UINT32,
-    "calibration.fingerprint": gguf.GGUFValueType.STRING,
+    "budget": gguf.GGUFValueType.UINT32,
+    "center": gguf.GGUFValueType.FLOAT32,
+    "fingerprint": gguf.GGUFValueType.STRING,
 }
 KEYS = [("fasa.version", U32, 1), ("fasa.note", STRING, "x" * 99), ("fasa.fc", ARRAY, list(range(50)))]
 
@@ -104,7 +106,7 @@ def test_keys_have_the_types_of_the_contract(model):
     fields = fasa_fields(model)
     assert {name: field.types[-1] for name, field in fields.items()} == TYPES
     arrays = {name for name, field in fields.items() if field.types[0] == gguf.GGUFValueType.ARRAY}
-    assert arrays == {"n_head_kv", "n_rot", "n_tip", "fc"}
+    assert arrays == {"n_head_kv", "n_rot", "n_tip", "fc", "center"}
     values = {name: field.contents() for name, field in fields.items()}
     assert (values["version"], values["rope_type"]) == (1, "neox")
     assert (values["n_sink"], values["n_recent"], values["calibration.budget"]) == (4, 32, 96)
@@ -179,14 +181,14 @@ def test_fingerprint_is_of_q_and_k_weights(model, tmp_path):
         tensor = next(t for t in read_gguf(str(model)).tensors if t.name == name)
         data[tensor.offset + 5] ^= 1
         path.write_bytes(data)
-        return fingerprint(read_gguf(str(path)))
+        return fingerprint([read_gguf(str(path))])
 
-    original = fingerprint(read_gguf(str(model)))
+    original = fingerprint([read_gguf(str(model))])
     for name in ("blk.0.attn_q.weight", "blk.3.attn_k.weight", "blk.1.attn_k.bias"):
         assert change(name) != original
     assert change("blk.0.attn_v.weight") == original
     assert calibrate(model) == 0
-    assert fingerprint(read_gguf(str(model))) == original == fasa_fields(model)["calibration.fingerprint"].contents()
+    assert fingerprint([read_gguf(str(model))]) == original == fasa_fields(model)["fingerprint"].contents()
 
 
 # --- where it is written ---

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CRITERIA = ("mass", "ca", "random")
+CRITERIA = ("mass", "overlap", "error", "ca", "random")
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ def fc_planes(x, rope, n_rot):
 class Group:
     """Scores of the queries of one KV group over its keys.
 
-    q: [Q, R, D], k: [N, D], positions: [Q] cell of each query's own token, sinks: [R] or None
+    q: [Q, R, D], k: [N, D], v: [N, DV], positions: [Q] cell of each query's own token, sinks: [R] or None
     """
 
-    def __init__(self, q, k, positions, rope, n_rot, scale, softcap=0.0, sinks=None):
+    def __init__(self, q, k, v, positions, rope, n_rot, scale, softcap=0.0, sinks=None):
         self.positions = np.asarray(positions)
         self._q = np.asarray(q, np.float32)
         self._k = np.asarray(k, np.float32)
+        self._v = np.asarray(v, np.float32)
         self._q_fc = fc_planes(self._q, rope, n_rot) * np.float32(scale)  # [F, Q, R, 2]
         self._k_fc = np.ascontiguousarray(fc_planes(self._k, rope, n_rot).transpose(0, 2, 1))  # [F, 2, N]
         self._scale, self._softcap, self._sinks = scale, softcap, sinks
@@ -69,6 +70,14 @@ class Group:
             total += np.exp(self._sinks[:, None] - top)
         return e / total
 
+    def output(self, attention):
+        """Rows of V weighted by attention [..., t]: F32 [..., DV]."""
+        return attention @ self._v[: attention.shape[-1]]
+
+    def center(self, fcs):
+        """The mean of K over all tokens in the dims of fcs, first dims of the planes, then second: F32 [2 * len(fcs)]."""
+        return self._k_fc[fcs].mean(axis=-1, dtype=np.float64).T.ravel().astype(np.float32)
+
 
 def tip_rank(scores):
     """By what tokens are ranked at run time: the sum over a group's heads of softmax(TIP). [..., R, t] -> [..., t].
@@ -93,27 +102,91 @@ def top_sum(rank, values, n):
     return kept @ values
 
 
-def choose_mass(group, n_tip, rules, rng):
-    """Greedy forward selection: each step adds the FC with which select captures most dense attention mass.
+def kept_tokens(rank, rules):
+    """Bool [t]: what select keeps of tokens ranked [t], forced ones included."""
+    t = len(rank)
+    kept = np.zeros(t, bool)
+    kept[: rules.n_sink] = kept[max(0, t - rules.n_recent) :] = True
+    free = np.flatnonzero(~kept)
+    kept[free[np.argsort(-rank[free], kind="stable")[: rules.n_free]]] = True
+    return kept
 
-    Mass is counted under the rules of run time, beyond the tokens that are forced anyway.
+
+def output_error(group, fcs, rules):
+    """How far attention over the tokens that fcs select is from dense: sums of squares over queries and heads
+    (of the difference, of the dense output)."""
+    error = size = 0.0
+    for i in range(len(group.positions)):
+        weights = group.attention(i)
+        kept = weights * kept_tokens(tip_rank(group.fc_scores(i)[fcs].sum(axis=0)), rules)
+        dense = group.output(weights)
+        sparse = group.output(kept * (weights.sum(axis=-1, keepdims=True) / kept.sum(axis=-1, keepdims=True)))
+        error += float(np.square(sparse - dense).sum())
+        size += float(np.square(dense).sum())
+    return error, size
+
+
+def choose_greedily(group, n_tip, gain):
+    """Forward selection: FCs are added one by one, each time the one with which gain is largest.
+
+    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. Each step looks at the FCs that
+    added most when they were last looked at.
     """
     queries = range(len(group.positions))
     fc = [group.fc_scores(i) for i in queries]
-    free = [slice(rules.n_sink, max(rules.n_sink, t + 1 - rules.n_recent)) for t in group.positions]
-    mass = [group.attention(i).mean(axis=0)[free[i]] for i in queries]
     tip = [np.zeros_like(f[0]) for f in fc]
-    chosen, rest = [], list(range(group.n_fc))
+    chosen, rest = [], np.arange(group.n_fc)
+    total = sum(gain(i, tip[i][None].copy()) for i in queries)
+    gains = np.zeros(group.n_fc)
     while len(chosen) < n_tip:
-        captured = np.zeros(len(rest))
-        for i in queries:
-            rank = tip_rank(fc[i][rest] + tip[i])[:, free[i]]
-            captured += top_sum(rank, mass[i], rules.n_free)
-        best = rest.pop(int(np.argmax(captured)))
-        chosen.append(best)
+        looked = rest[np.argsort(-gains[rest], kind="stable")][: _LOOKS if chosen else None]
+        gains[looked] = sum(gain(i, fc[i][looked] + tip[i]) for i in queries) - total
+        best = looked[np.argmax(gains[looked])]
+        chosen.append(int(best))
+        rest = rest[rest != best]
+        total += gains[best]
         for i in queries:
             tip[i] += fc[i][best]
     return sorted(chosen)
+
+
+_LOOKS = 16
+
+
+def _free(group, rules):
+    """The tokens of each query that are not forced."""
+    return [slice(rules.n_sink, max(rules.n_sink, t + 1 - rules.n_recent)) for t in group.positions]
+
+
+def choose_mass(group, n_tip, rules, rng):
+    """FCs with which select captures most dense attention mass, beyond the tokens that are forced anyway."""
+    free = _free(group, rules)
+    mass = [group.attention(i).mean(axis=0)[f] for i, f in enumerate(free)]
+    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], mass[i], rules.n_free))
+
+
+def choose_overlap(group, n_tip, rules, rng):
+    """FCs with which select finds most of the tokens that full scores would select, beyond the forced ones."""
+    free = _free(group, rules)
+    wanted = []
+    for i, f in enumerate(free):
+        rank = tip_rank(group.logits(i))[f]
+        wanted.append(np.zeros(len(rank), np.float32))
+        wanted[-1][np.argsort(-rank, kind="stable")[: rules.n_free]] = 1
+    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], wanted[i], rules.n_free))
+
+
+def choose_error(group, n_tip, rules, rng):
+    """FCs with which the output of attention over the selected tokens is nearest to the dense one."""
+    weights = [group.attention(i) for i in range(len(group.positions))]
+    dense = [group.output(w) for w in weights]
+
+    def gain(i, scores):
+        kept = np.stack([kept_tokens(rank, rules) for rank in tip_rank(scores)])[:, None] * weights[i]
+        kept *= weights[i].sum(axis=-1, keepdims=True) / kept.sum(axis=-1, keepdims=True)
+        return -np.square(group.output(kept) - dense[i]).sum(axis=(1, 2))
+
+    return choose_greedily(group, n_tip, gain)
 
 
 def choose_ca(group, n_tip, rules, rng):
@@ -135,4 +208,10 @@ def choose_random(group, n_tip, rules, rng):
     return sorted(rng.choice(group.n_fc, n_tip, replace=False).tolist())
 
 
-CHOOSE = {"mass": choose_mass, "ca": choose_ca, "random": choose_random}
+CHOOSE = {
+    "mass": choose_mass,
+    "overlap": choose_overlap,
+    "error": choose_error,
+    "ca": choose_ca,
+    "random": choose_random,
+}

@@ -26,6 +26,7 @@ class Attention:
     layer: int
     q: np.ndarray  # F32 [Q, H, D] after RoPE
     k: np.ndarray  # F16 [G, N, D] as cached
+    v: np.ndarray  # F16 [G, N, DV] as cached
     sinks: np.ndarray  # F32 [H] or None
     scale: float
     softcap: float
@@ -204,10 +205,10 @@ class _Graph:
     def take(self, address):
         node = self.tensors.at(address)
         ropes, self.ropes = self.ropes, []
-        q, k, mask, sinks = (node.src[i] for i in (0, 1, 3, 4))
-        if not (q and k and k.contents.view_src):
+        q, k, v, mask, sinks = (node.src[i] for i in range(5))
+        if not (q and k and v and k.contents.view_src):
             return
-        q, k = q.contents, k.contents
+        q, k, v = q.contents, k.contents, v.contents
         cache = k.view_src.contents
         match = _K_CACHE.match(cache.name)
         if match is None or int(match[1]) in self.seen:
@@ -217,7 +218,8 @@ class _Graph:
         head_size, n_head, n_head_kv = q.ne[0], q.ne[2], k.ne[2]
         as_q = q.ne[1] == self.n_tokens and q.ne[3] == 1
         as_k = k.ne[0] == head_size and k.ne[1] >= self.n_tokens and n_head_kv > 0 and n_head % n_head_kv == 0
-        if not (as_q and as_k):
+        as_v = v.ne[1] >= self.n_tokens and v.ne[2] == n_head_kv
+        if not (as_q and as_k and as_v):
             raise CalibrateError(f"attention of layer {layer} has a shape that calibration does not know")
         scale, bias, softcap = np.array(node.op_params[:3], np.int32).view(np.float32)
         if bias != 0:
@@ -230,7 +232,8 @@ class _Graph:
             Attention(
                 layer=layer,
                 q=np.stack([self._row(q, t, (n_head, head_size), (q.nb[2], q.nb[0])) for t in self.positions]),
-                k=self.tensors.read(k, 0, (n_head_kv, self.n_tokens, head_size), (k.nb[2], k.nb[1], k.nb[0])),
+                k=self._rows(k),
+                v=self._rows(v),
                 sinks=self.tensors.read(sinks.contents, 0, (n_head,), (4,)) if sinks else None,
                 scale=float(scale),
                 softcap=float(softcap),
@@ -239,6 +242,9 @@ class _Graph:
                 full=cache.ne[1] >= self.n_cells and self._sees_all(mask),
             )
         )
+
+    def _rows(self, cache):
+        return self.tensors.read(cache, 0, (cache.ne[2], self.n_tokens, cache.ne[0]), (cache.nb[2], cache.nb[1], cache.nb[0]))
 
     def _row(self, tensor, t, shape, strides):
         return self.tensors.read(tensor, t * tensor.nb[1], shape, strides)

@@ -60,6 +60,10 @@ static void set_index_type(common_params &, const std::string & value) {
     apply(fasa);
 }
 
+static void set_file(common_params &, const std::string & path) {
+    llama_fasa_set_file(path.c_str());
+}
+
 static std::string index_type_name(int32_t type) {
     return ggml_fasa_index_type_name((ggml_fasa_index_type) type);
 }
@@ -101,6 +105,11 @@ std::vector<common_arg> fasa_args() {
         {"--fasa-index-type"}, "[f16|q8|q4]",
         with_default("how FASA's index keeps the dominant dims of K", index_type_name(LLAMA_FASA_INDEX_TYPE_DEFAULT)),
         set_index_type).set_env("LLAMA_ARG_FASA_INDEX_TYPE"));
+    args.push_back(common_arg(
+        {"--fasa-file"}, "FNAME",
+        "take FASA's calibration from this file, which 'fasa-calibrate --sidecar' wrote for the model (default: the model "
+        "itself, or model.fasa.gguf beside model.gguf)",
+        set_file).set_env("LLAMA_ARG_FASA_FILE"));
     return args;
 }
 
