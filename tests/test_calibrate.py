@@ -9,7 +9,7 @@ import pytest
 
 from fasa_calibrate.calibrate import query_positions, worst_layers
 from fasa_calibrate.cli import build_parser, main
-from fasa_calibrate.criteria import CHOOSE, Group, Rules, fc_planes, output_error, tip_rank, top_sum
+from fasa_calibrate.criteria import CHOOSE, RECALL_BUDGETS, Group, Rules, fc_planes, quality, tip_rank, top_sum
 from fasa_calibrate.native import load_llama_cpp
 from fasa_calibrate.observe import Model
 from oracle import fasa_oracle as oracle
@@ -146,20 +146,24 @@ def test_center_is_the_mean_in_the_order_of_the_index(rng):
         np.testing.assert_allclose(head.center([1, 4]), rows.mean(axis=0)[dims], rtol=1e-6)
 
 
-def test_output_error_is_that_of_the_oracle(rng):
+def test_quality_is_that_of_the_oracle(rng):
     head = group(rng.standard_normal((8, 4, 2, 2)), rng.standard_normal((8, 300, 2)), [150, 200, 250, 299])
     fcs = [0, 3, 5]
-    error = size = 0.0
+    error = size = recall = 0.0
     for i, t in enumerate(head.positions):
         mask = np.zeros(t + 1)
         mask[: RULES.n_sink] = mask[t + 1 - RULES.n_recent :] = -0.0
         kept = oracle.select(oracle_rank(head.fc_scores(i)[fcs].sum(axis=0), mask), RULES.budget)
         weights, v = head.attention(i), np.random.default_rng(5).standard_normal((300, 16)).astype(np.float16)[: t + 1]
         dense = weights @ v
+        recall += weights[:, kept].sum(axis=1).mean() / 4
         sparse = weights[:, kept] @ v[kept] / weights[:, kept].sum(axis=1, keepdims=True)
         error, size = error + np.square(sparse - dense).sum(), size + np.square(dense).sum()
-    np.testing.assert_allclose(output_error(head, fcs, RULES), (error, size), rtol=1e-4)
-    assert output_error(head, list(range(8)), Rules(400, 4, 8))[0] < 1e-9 * size
+    got = quality(head, fcs, RULES)
+    np.testing.assert_allclose((got.error, got.size, got.mean_recall[0]), (error, size, recall), rtol=1e-4)
+    assert RULES.budget == RECALL_BUDGETS[0] and got.mean_recall[-1] == pytest.approx(1)
+    assert (np.diff(got.mean_recall) >= 0).all()
+    assert quality(head, fcs, Rules(400, 4, 8)).error < 1e-9 * size
 
 
 def test_rank_equals_the_oracle(rng):

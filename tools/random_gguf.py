@@ -114,7 +114,7 @@ def add_fasa_keys(writer, args, rng):
         n_head_kv={il: args.n_head_kv for il in layers},
         fcs={il: fcs() for il in layers if il >= args.dense_layers},
         centers={},
-        errors={},
+        quality={},
         n_tokens=0,
         n_query=0,
     )

@@ -71,6 +71,8 @@ int32_t llama_fasa_index_type(const char * name);
 
 int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 
+int32_t llama_fasa_model_budget(const struct llama_model * model);
+
 struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
 struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 void                    llama_fasa_reset_stats(      struct llama_context * ctx);

@@ -7,7 +7,7 @@ from typing import Optional
 
 import numpy as np
 
-from .criteria import CHOOSE, Group, Rules, output_error
+from .criteria import CHOOSE, Group, Quality, Rules, quality
 from .errors import CalibrateError
 
 DENSE_SHARE = 15
@@ -31,8 +31,7 @@ class Calibration:
     """Dominant FCs of each layer, {layer: [ids of KV head 0, ids of KV head 1, ...]}, and what they came from.
 
     centers: {layer: [Group.center of KV head 0, ...]}
-    errors: {layer: squared difference of sparse from dense attention, relative to the square of the dense}, of every layer
-        that FASA can serve, those left dense included
+    quality: {layer: Quality}, of every layer that FASA can serve, those left dense included
     """
 
     rope: str
@@ -41,7 +40,7 @@ class Calibration:
     n_head_kv: dict
     fcs: dict
     centers: dict
-    errors: dict
+    quality: dict
     n_tokens: int
     n_query: int
 
@@ -54,10 +53,14 @@ def query_positions(n_tokens, n_query, budget, seed):
     return np.array([rng.integers(a, b) for a, b in zip(edges[:-1], edges[1:])])
 
 
-def calibrate(model, text, options, n_threads, progress=None):
-    """Returns the Calibration of an open Model; progress() is called after each layer that has attention."""
+def calibrate(model, text, options, n_threads, progress=None, held_out=0):
+    """Returns the Calibration of an open Model; progress() is called after each layer that has attention.
+
+    held_out: the last one in so many tokens is left out; 0: none
+    """
     rope = model.rope
     tokens = model.tokenize(text)[: min(options.n_ctx, model.n_ctx_train)]
+    tokens = tokens[: len(tokens) - (len(tokens) // held_out if held_out else 0)]
     rules = options.rules
     if rules.n_free < 1:
         raise CalibrateError("the budget must be larger than the forced tokens")
@@ -74,9 +77,8 @@ def calibrate(model, text, options, n_threads, progress=None):
         result.n_head_kv[attention.layer] = len(attention.k)
         if attention.full and attention.rope is not None:
             heads = _choose_layer(attention, positions, options, pool)
-            fcs, centers, errors, sizes = zip(*heads)
-            result.fcs[attention.layer], result.centers[attention.layer] = list(fcs), list(centers)
-            result.errors[attention.layer] = sum(errors) / max(sum(sizes), 1e-30)
+            result.fcs[attention.layer], result.centers[attention.layer], of_heads = map(list, zip(*heads))
+            result.quality[attention.layer] = sum(of_heads, Quality())
         if progress is not None:
             progress()
 
@@ -84,7 +86,7 @@ def calibrate(model, text, options, n_threads, progress=None):
         model.attentions(tokens, positions, visit, n_threads)
     if not result.fcs:
         raise CalibrateError("this model has no layer that FASA can serve: no full attention with rotary embedding")
-    for layer in worst_layers(result.errors, options.n_dense):
+    for layer in worst_layers({il: q.relative_error for il, q in result.quality.items()}, options.n_dense):
         del result.fcs[layer], result.centers[layer]
     return result
 
@@ -120,7 +122,7 @@ def _choose_layer(attention, positions, options, pool):
         # a stream of its own for every head: the result does not depend on the order of work
         rng = np.random.default_rng([options.seed, attention.layer, head])
         fcs = CHOOSE[options.criterion](group, n_tip, options.rules, rng)
-        return fcs, group.center(fcs), *output_error(group, fcs, options.rules)
+        return fcs, group.center(fcs), quality(group, fcs, options.rules)
 
     return list(pool.map(choose, range(n_head_kv)))
 

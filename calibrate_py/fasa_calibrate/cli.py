@@ -13,6 +13,7 @@ from .calibrate import DENSE_SHARE, Options, calibrate, sha256_text
 from .criteria import CRITERIA, Rules
 from .errors import CalibrateError
 from .gguf_file import read_gguf, read_parts
+from .measure import HELD_OUT, smallest_budget
 from .metadata import INDEX_TYPES, PREFIX, fasa_keys, fingerprint, sidecar_of
 from .native import load_llama_cpp
 from .observe import Model
@@ -64,6 +65,9 @@ def build_parser():
         help="last tokens that are always kept, stored as a recommendation (default: %(default)s)")
     add("--store-budget", type=integer(1), metavar="N",
         help="recommended budget to store, with which FASA switches on by itself (default: that of --budget)")
+    add("--target-kld", type=_positive, metavar="X",
+        help="store the smallest budget whose mean KL divergence from dense is at most X; a quarter of the text is kept for"
+        " measuring that")
     add("--index-type", choices=INDEX_TYPES,
         help="store this as the recommended type of the index (default: none, the runtime's default)")
     add("--dense-layers", type=integer(0), metavar="N", default=options.n_dense,
@@ -78,6 +82,13 @@ def build_parser():
     add("--verbose", action="store_true", help="show the log of llama.cpp")
     add("--version", action="version", version=f"fasa-calibrate {__version__}")
     return parser
+
+
+def _positive(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a positive number")
+    return value
 
 
 def _n_cpu():
@@ -103,6 +114,8 @@ def _run(args):
     rules = Rules(args.budget, args.sink, args.recent)
     if rules.n_free < 1 or (args.store_budget or args.budget) <= args.sink + args.recent:
         raise CalibrateError("--budget and --store-budget must be larger than --sink plus --recent")
+    if args.store_budget and args.target_kld:
+        raise CalibrateError("--store-budget and --target-kld both name a budget to store")
     if args.sidecar and args.remove:
         raise CalibrateError("--remove takes the keys out of a model; a sidecar is a file to delete")
     target = _target(args)
@@ -181,19 +194,29 @@ def _calibrate(args, parts, rules):
     llama_cpp = load_llama_cpp()
     with Model(llama_cpp, args.model, args.n_gpu_layers, args.verbose) as model:
         with _bar(args, "calibrating", model.n_layer, unit="layer") as bar:
-            result = calibrate(model, text, options, args.threads, bar.update)
-    if not args.quiet and result.n_tokens < args.n_ctx:
+            held_out = HELD_OUT if args.target_kld else 0
+            result = calibrate(model, text, options, args.threads, bar.update, held_out)
+    if not args.quiet and not held_out and result.n_tokens < args.n_ctx:
         print(f"used {result.n_tokens} tokens, less than --n-ctx {args.n_ctx}: the text or the model allows no more")
     budget = args.store_budget or args.budget
-    keys = fasa_keys(
-        parts[0], fingerprint(parts), result, options, text_name, sha256_text(text), budget, args.index_type
-    )
+    of_model = fingerprint(parts)
+    sha256 = sha256_text(text)
+
+    def keys_with(budget):
+        return fasa_keys(parts[0], of_model, result, options, text_name, sha256, budget, args.index_type)
+
     n_tip = {len(heads[0]) for heads in result.fcs.values()}
     note = (
         f"calibrated {len(result.fcs)} of {result.n_layer} layers with {'/'.join(map(str, sorted(n_tip)))} FCs per head"
         f" on {result.n_tokens} tokens"
     )
-    return keys, note
+    if args.target_kld:
+        budget, kld = smallest_budget(
+            llama_cpp, args.model, keys_with(budget), text, options, args.target_kld, args.threads, args.n_gpu_layers,
+            args.verbose,
+        )  # fmt: skip
+        note += f"; KL divergence from dense {kld:.2g} at budget {budget}"
+    return keys_with(budget), note
 
 
 def _bar(args, what, total, **kwargs):

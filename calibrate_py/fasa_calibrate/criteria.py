@@ -4,11 +4,12 @@ Letters: F FCs of a head (n_rot / 2), R query heads of the KV group, Q sampled q
 t tokens visible to one query (its position + 1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 CRITERIA = ("mass", "overlap", "error", "ca", "random")
+RECALL_BUDGETS = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -102,55 +103,75 @@ def top_sum(rank, values, n):
     return kept @ values
 
 
-def kept_tokens(rank, rules):
-    """Bool [t]: what select keeps of tokens ranked [t], forced ones included."""
+def order_of_selection(rank, rules):
+    """Tokens in the order in which select takes them: those that are forced, then the rest by rank [t]; int [t]."""
     t = len(rank)
-    kept = np.zeros(t, bool)
-    kept[: rules.n_sink] = kept[max(0, t - rules.n_recent) :] = True
-    free = np.flatnonzero(~kept)
-    kept[free[np.argsort(-rank[free], kind="stable")[: rules.n_free]]] = True
-    return kept
+    forced = np.zeros(t, bool)
+    forced[: rules.n_sink] = forced[max(0, t - rules.n_recent) :] = True
+    free = np.flatnonzero(~forced)
+    return np.concatenate([np.flatnonzero(forced), free[np.argsort(-rank[free], kind="stable")]])
 
 
-def output_error(group, fcs, rules):
-    """How far attention over the tokens that fcs select is from dense: sums of squares over queries and heads
-    (of the difference, of the dense output)."""
-    error = size = 0.0
+def sparse_output(group, weights, kept):
+    """Attention over the kept tokens only, from the dense weights [R, t]: [R, DV]."""
+    some = np.zeros_like(weights)
+    some[:, kept] = weights[:, kept]
+    return group.output(some * (weights.sum(axis=-1, keepdims=True) / some.sum(axis=-1, keepdims=True)))
+
+
+@dataclass
+class Quality:
+    """What attention over the tokens that some FCs select makes of queries, summed over queries, heads and layers."""
+
+    n_query: int = 0
+    error: float = 0.0  # squares of the difference from dense output
+    size: float = 0.0  # squares of the dense output
+    recall: np.ndarray = field(default_factory=lambda: np.zeros(len(RECALL_BUDGETS)))  # dense mass on selected tokens
+
+    def __add__(self, other):
+        return Quality(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def relative_error(self):
+        return self.error / max(self.size, 1e-30)
+
+    @property
+    def mean_recall(self):
+        """The share of dense attention that falls on the selected tokens, for each of RECALL_BUDGETS."""
+        return self.recall / max(self.n_query, 1)
+
+
+def quality(group, fcs, rules):
+    """The Quality of FCs; recall for several budgets, the rest for that of the rules."""
+    total = Quality()
     for i in range(len(group.positions)):
         weights = group.attention(i)
-        kept = weights * kept_tokens(tip_rank(group.fc_scores(i)[fcs].sum(axis=0)), rules)
+        order = order_of_selection(tip_rank(group.fc_scores(i)[fcs].sum(axis=0)), rules)
         dense = group.output(weights)
-        sparse = group.output(kept * (weights.sum(axis=-1, keepdims=True) / kept.sum(axis=-1, keepdims=True)))
-        error += float(np.square(sparse - dense).sum())
-        size += float(np.square(dense).sum())
-    return error, size
+        difference = sparse_output(group, weights, order[: rules.budget]) - dense
+        mass = weights.mean(axis=0)
+        recall = np.cumsum(mass[order])[np.minimum(RECALL_BUDGETS, len(order)) - 1] / mass.sum()
+        total += Quality(1, float(np.square(difference).sum()), float(np.square(dense).sum()), recall)
+    return total
 
 
 def choose_greedily(group, n_tip, gain):
     """Forward selection: FCs are added one by one, each time the one with which gain is largest.
 
-    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. Each step looks at the FCs that
-    added most when they were last looked at.
+    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. Every step looks at all FCs
+    that are left: some are of no use but with others, and to look only at those that did well before costs quality.
     """
     queries = range(len(group.positions))
     fc = [group.fc_scores(i) for i in queries]
     tip = [np.zeros_like(f[0]) for f in fc]
-    chosen, rest = [], np.arange(group.n_fc)
-    total = sum(gain(i, tip[i][None].copy()) for i in queries)
-    gains = np.zeros(group.n_fc)
+    chosen, rest = [], list(range(group.n_fc))
     while len(chosen) < n_tip:
-        looked = rest[np.argsort(-gains[rest], kind="stable")][: _LOOKS if chosen else None]
-        gains[looked] = sum(gain(i, fc[i][looked] + tip[i]) for i in queries) - total
-        best = looked[np.argmax(gains[looked])]
-        chosen.append(int(best))
-        rest = rest[rest != best]
-        total += gains[best]
+        gains = sum(gain(i, fc[i][rest] + tip[i]) for i in queries)
+        best = rest.pop(int(np.argmax(gains)))
+        chosen.append(best)
         for i in queries:
             tip[i] += fc[i][best]
     return sorted(chosen)
-
-
-_LOOKS = 16
 
 
 def _free(group, rules):
@@ -182,9 +203,8 @@ def choose_error(group, n_tip, rules, rng):
     dense = [group.output(w) for w in weights]
 
     def gain(i, scores):
-        kept = np.stack([kept_tokens(rank, rules) for rank in tip_rank(scores)])[:, None] * weights[i]
-        kept *= weights[i].sum(axis=-1, keepdims=True) / kept.sum(axis=-1, keepdims=True)
-        return -np.square(group.output(kept) - dense[i]).sum(axis=(1, 2))
+        kept = [order_of_selection(rank, rules)[: rules.budget] for rank in tip_rank(scores)]
+        return np.array([-np.square(sparse_output(group, weights[i], k) - dense[i]).sum() for k in kept])
 
     return choose_greedily(group, n_tip, gain)
 

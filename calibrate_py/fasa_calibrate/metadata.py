@@ -7,6 +7,7 @@ import struct
 import numpy as np
 
 from . import __version__
+from .criteria import RECALL_BUDGETS, Quality
 from .errors import CalibrateError
 from .gguf_file import ARRAY, STRING
 
@@ -58,6 +59,14 @@ def fasa_keys(gguf, fingerprint, calibration, options, text_name, text_sha256, b
         ("calibration.n_sink", U32, rules.n_sink),
         ("calibration.n_recent", U32, rules.n_recent),
     ]
+    if calibration.quality:
+        none = Quality(1, -1.0, 1.0, np.full(len(RECALL_BUDGETS), -1.0))
+        layers = [calibration.quality.get(il, none) for il in layers]
+        keys += [
+            ("calibration.error", ARRAY, np.array([q.relative_error for q in layers])),
+            ("calibration.recall", ARRAY, np.concatenate([q.mean_recall for q in layers])),
+            ("calibration.recall_budget", ARRAY, RECALL_BUDGETS),
+        ]
     return [(PREFIX + name, kind, value) for name, kind, value in keys]
 
 

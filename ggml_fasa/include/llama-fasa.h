@@ -79,6 +79,9 @@ LLAMA_API int32_t llama_fasa_index_type(const char * name);
 // Whether the model carries valid calibration: 1 yes, 0 none, -1 invalid (llama_fasa_last_error() says why).
 LLAMA_API int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 
+// The budget that the model's calibration recommends; 0 if there is none, or no valid calibration.
+LLAMA_API int32_t llama_fasa_model_budget(const struct llama_model * model);
+
 LLAMA_API struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
 LLAMA_API struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 LLAMA_API void                    llama_fasa_reset_stats(      struct llama_context * ctx);

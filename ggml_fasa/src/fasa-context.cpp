@@ -14,6 +14,7 @@
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -73,6 +74,10 @@ int32_t llama_fasa_model_calibrated(const llama_model * model) {
     }
     fasa_error = model->fasa->error;
     return fasa_error.empty() ? 1 : -1;
+}
+
+int32_t llama_fasa_model_budget(const llama_model * model) {
+    return model->fasa && model->fasa->usable() ? std::max(model->fasa->budget, 0) : 0;
 }
 
 llama_fasa_info llama_fasa_get_info(const llama_context * ctx) {
