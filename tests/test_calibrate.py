@@ -7,9 +7,9 @@ import gguf
 import numpy as np
 import pytest
 
-from fasa_calibrate.calibrate import query_positions
+from fasa_calibrate.calibrate import query_positions, worst_layers
 from fasa_calibrate.cli import build_parser, main
-from fasa_calibrate.criteria import CHOOSE, Group, Rules, fc_planes, tip_rank, top_sum
+from fasa_calibrate.criteria import CHOOSE, RECALL_BUDGETS, Group, Rules, fc_planes, quality, tip_rank, top_sum
 from fasa_calibrate.native import load_llama_cpp
 from fasa_calibrate.observe import Model
 from oracle import fasa_oracle as oracle
@@ -42,7 +42,9 @@ def planted(rng, informative, n_fc=16, n_tokens=500, n_query=6, n_head=3):
 
 def group(q, k, positions, rope="norm", n_pass=0):
     n_rot = 2 * len(k)
-    return Group(lay_out(q, rope, n_pass), lay_out(k, rope, n_pass).astype(np.float16), positions, rope, n_rot, 0.25)
+    k = lay_out(k, rope, n_pass).astype(np.float16)
+    v = np.random.default_rng(5).standard_normal(k.shape).astype(np.float16)
+    return Group(lay_out(q, rope, n_pass), k, v, positions, rope, n_rot, 0.25)
 
 
 def captured(group, fcs, rules):
@@ -66,7 +68,7 @@ def oracle_rank(tip, mask):
 
 
 @pytest.mark.parametrize("rope", ["norm", "neox"])
-@pytest.mark.parametrize("criterion", ["mass", "ca"])
+@pytest.mark.parametrize("criterion", ["mass", "overlap", "error", "ca"])
 def test_finds_the_planted_fcs(rng, criterion, rope):
     informative = sorted(rng.choice(16, 4, replace=False).tolist())
     head = group(*planted(rng, informative), rope=rope)
@@ -81,7 +83,7 @@ def test_random_misses_planted_fcs_and_captures_less(rng):
     assert captured(head, chosen, RULES) < 0.8 * captured(head, informative, RULES)
 
 
-@pytest.mark.parametrize("criterion", ["mass", "ca"])
+@pytest.mark.parametrize("criterion", ["mass", "overlap", "error", "ca"])
 @pytest.mark.parametrize("n_pass", [0, 8])
 def test_pairing_does_not_change_the_ids(rng, criterion, n_pass):
     q, k, positions = rng.standard_normal((12, 5, 2, 2)), rng.standard_normal((12, 300, 2)), np.arange(150, 300, 30)
@@ -106,7 +108,7 @@ def test_fc_scores_add_up_to_the_logits_of_the_rotated_dims(rng):
 def test_attention_has_softcap_and_sinks(rng):
     q, k = rng.standard_normal((1, 2, 8)).astype(np.float32), rng.standard_normal((20, 8)).astype(np.float16)
     sinks = np.array([0.5, -1.0], np.float32)
-    got = Group(q, k, [19], "norm", 8, 0.7, softcap=3.0, sinks=sinks).attention(0)
+    got = Group(q, k, k, [19], "norm", 8, 0.7, softcap=3.0, sinks=sinks).attention(0)
     logits = 3.0 * np.tanh(0.7 * (q[0].astype(float) @ k.astype(float).T) / 3.0)
     e = np.exp(np.concatenate([logits, sinks[:, None]], axis=1))
     np.testing.assert_allclose(got, (e / e.sum(axis=1, keepdims=True))[:, :-1], rtol=1e-5)
@@ -133,6 +135,35 @@ def test_mass_captures_more_than_ca_and_random(rng):
     head = group(1.5 * q, k, np.arange(200, 600, 50))
     mass, ca, random = (captured(head, CHOOSE[c](head, 4, RULES, rng), RULES) for c in ("mass", "ca", "random"))
     assert mass > ca > random
+
+
+def test_center_is_the_mean_in_the_order_of_the_index(rng):
+    q, k = rng.standard_normal((6, 1, 2, 2)), 3 + rng.standard_normal((6, 100, 2))
+    for rope in ("norm", "neox"):
+        head = group(q, k, [99], rope)
+        dims = oracle.fc_dims([1, 4], 12, rope).reshape(-1, 2).T.ravel()
+        rows = lay_out(k, rope).astype(np.float16).astype(np.float64)
+        np.testing.assert_allclose(head.center([1, 4]), rows.mean(axis=0)[dims], rtol=1e-6)
+
+
+def test_quality_is_that_of_the_oracle(rng):
+    head = group(rng.standard_normal((8, 4, 2, 2)), rng.standard_normal((8, 300, 2)), [150, 200, 250, 299])
+    fcs = [0, 3, 5]
+    error = size = recall = 0.0
+    for i, t in enumerate(head.positions):
+        mask = np.zeros(t + 1)
+        mask[: RULES.n_sink] = mask[t + 1 - RULES.n_recent :] = -0.0
+        kept = oracle.select(oracle_rank(head.fc_scores(i)[fcs].sum(axis=0), mask), RULES.budget)
+        weights, v = head.attention(i), np.random.default_rng(5).standard_normal((300, 16)).astype(np.float16)[: t + 1]
+        dense = weights @ v
+        recall += weights[:, kept].sum(axis=1).mean() / 4
+        sparse = weights[:, kept] @ v[kept] / weights[:, kept].sum(axis=1, keepdims=True)
+        error, size = error + np.square(sparse - dense).sum(), size + np.square(dense).sum()
+    got = quality(head, fcs, RULES)
+    np.testing.assert_allclose((got.error, got.size, got.mean_recall[0]), (error, size, recall), rtol=1e-4)
+    assert RULES.budget == RECALL_BUDGETS[0] and got.mean_recall[-1] == pytest.approx(1)
+    assert (np.diff(got.mean_recall) >= 0).all()
+    assert quality(head, fcs, Rules(400, 4, 8)).error < 1e-9 * size
 
 
 def test_rank_equals_the_oracle(rng):
@@ -264,15 +295,15 @@ def run(model, *args, text=TEXT):
 @pytest.mark.parametrize(
     "arch,n_tip",
     [
-        ("llama", [0, 0, 5, 5, 5, 5, 5, 5]),
-        ("qwen2", [0, 0, 5, 5, 5, 5, 5, 5]),
-        ("smollm3", [0, 0, 5, 0, 5, 5, 5, 0]),  # layers 3 and 7 have no rotary embedding
+        ("llama", [5] * 8),
+        ("qwen2", [5] * 8),
+        ("smollm3", [5, 5, 5, 0, 5, 5, 5, 0]),  # layers 3 and 7 have no rotary embedding
         ("gemma3", [0, 0, 0, 0, 0, 5, 0, 0]),  # only layer 5 has no sliding window
     ],
 )
 def test_command_on_architectures(tmp_path, arch, n_tip):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", arch, Shape(n_layer=8))
-    assert run(model, "--n-tip", "5") == 0
+    assert run(model, "--n-tip", "5", "--dense-layers", "0") == 0
     keys = stored(model)
     assert keys["n_tip"] == n_tip
     assert keys["n_rot"] == [32] * 8 and keys["n_head_kv"] == [2] * 8
@@ -303,14 +334,24 @@ def test_same_seed_same_result(tmp_path):
 
 def test_dense_layers_and_defaults(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=3, head_size=96, n_head=2))
-    assert run(model, "--dense-layers", "0") == 0
-    assert stored(model)["n_tip"] == [16] * 3
+    assert run(model) == 0
+    assert stored(model)["n_tip"] == [16] * 3  # one layer in fifteen would be none
+    for n_dense in (1, 2, 9):  # one layer at least is left to FASA
+        assert run(model, "--dense-layers", str(n_dense)) == 0
+        assert stored(model)["n_tip"].count(0) == min(n_dense, 2)
+
+
+def test_the_worst_layers_stay_dense():
+    errors = {0: 0.3, 4: 0.1, 5: 0.5, 9: 0.2}
+    assert worst_layers(errors, 2) == [5, 0]
+    assert worst_layers(errors, None) == []
+    assert len(worst_layers(dict.fromkeys(range(30), 0.1), None)) == 2
 
 
 def test_an_invalid_calibration_can_be_replaced(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", extra={"fasa.version": 1, "fasa.n_tip": [99]})
     assert run(model) == 0
-    assert stored(model)["n_tip"] == [0, 0, 16, 16]
+    assert stored(model)["n_tip"] == [16] * 4
 
 
 def fails(capsys, model, *args, **kwargs):
@@ -327,7 +368,6 @@ def test_errors_of_text_and_options(tmp_path, capsys):
     assert "too few" in fails(capsys, model, text="short")
     assert "larger than" in fails(capsys, model, "--budget", "36")
     assert "larger than" in fails(capsys, model, "--store-budget", "20")
-    assert "no layer" in fails(capsys, model, "--dense-layers", "4")
     missing = str(tmp_path / "missing.txt")
     assert main([str(model), "--text", missing]) == 1
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -1,8 +1,14 @@
 """Stage loader: every way in which fasa.* keys can be wrong, each from a hand-made file, has a sentence of its own."""
 
+import contextlib
+import math
+
 import numpy as np
 import pytest
 
+from fasa_calibrate.gguf_file import ARRAY, read_gguf
+from fasa_calibrate.metadata import U32, fingerprint
+from fasa_calibrate.write import write_sidecar
 from support import gguf_keys
 from support.gguf_keys import F32, I32, STRING, U64, array, scalar, with_keys
 from support.runtime import AUTO, INDEX_TYPES, OFF, ON, Model, fasa_api, fasa_params, last_error, log_lines
@@ -65,6 +71,10 @@ BROKEN = {
     "n_recent of another type": ({"fasa.n_recent": [1]}, "fasa.n_recent is not a u32"),
     "index_type unknown": ({"fasa.index_type": "q5"}, "fasa.index_type is none of f16, q8 and q4"),
     "index_type of another type": ({"fasa.index_type": 2}, "fasa.index_type is not a string"),
+    "center of integers": ({"fasa.center": [0] * 2 * N_FC}, "fasa.center is not an f32 array"),
+    "center too short": ({"fasa.center": array(F32, [0.0] * (2 * N_FC - 1))}, f"fasa.center has {2 * N_FC - 1} values"),
+    "center NaN": ({"fasa.center": array(F32, [0.0] * (2 * N_FC - 1) + [math.nan])}, "fasa.center is nan in layer"),
+    "center huge": ({"fasa.center": array(F32, [-1e6] + [0.0] * (2 * N_FC - 1))}, "fasa.center is -1e+06 in layer 0"),
 }
 
 # files that llama.cpp itself must refuse to read
@@ -241,3 +251,102 @@ def test_params_out_of_range_change_nothing(params, name):
         fields = (now.mode, now.budget, now.n_sink, now.n_recent, now.max_batch, now.index_type)
         assert fields == (AUTO, 100, 5, 6, 7, INDEX_TYPES["q8"])
         assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", now)) == 0 and last_error() == ""
+
+
+# --- sidecars ---
+
+
+@contextlib.contextmanager
+def fasa_file(path):
+    """Models loaded inside take their calibration from path."""
+    ffi, lib = fasa_api()
+    lib.llama_fasa_set_file(str(path).encode())
+    try:
+        yield
+    finally:
+        lib.llama_fasa_set_file(ffi.NULL)
+
+
+def sidecar(plain, path, model=None, **changes):
+    """A sidecar that fits the model plain, or one that names the weights of another."""
+    keys = {**valid(), "fasa.fingerprint": fingerprint([read_gguf(str(model or plain))]), **changes}
+    entries = [(name, *with_kind(value)) for name, value in keys.items() if value is not None]
+    write_sidecar(str(path), entries, str(plain))
+    return path
+
+
+def with_kind(value):
+    return {int: U32, str: STRING, list: ARRAY}[type(value)], value
+
+
+@pytest.fixture
+def model_file(plain, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(plain.read_bytes())
+    return path
+
+
+def test_a_sidecar_beside_the_model_is_found(plain, model_file):
+    with Model(model_file) as model:
+        assert model.calibrated() == (0, "")
+    sidecar(plain, model_file.with_suffix(".fasa.gguf"))
+    with Model(model_file) as model:
+        assert model.calibrated() == (1, "")
+        with fasa_params(ON), model.context() as ctx:
+            assert ctx.info().n_layer_sparse == 3
+            decode(ctx)
+
+
+def test_a_file_that_is_named_goes_first_and_one_beside_comes_last(plain, model_file, tmp_path):
+    one = gguf_keys.random_fcs(np.random.default_rng(1), SHAPE.n_head_kv, SHAPE.head_size, [1, 0, 0, 0])
+    two = gguf_keys.random_fcs(np.random.default_rng(1), SHAPE.n_head_kv, SHAPE.head_size, [1, 1, 0, 0])
+    few = {"fasa.n_tip": [1, 0, 0, 0], "fasa.fc": [int(i) for layer in one for i in layer.ravel()]}
+    more = {"fasa.n_tip": [1, 1, 0, 0], "fasa.fc": [int(i) for layer in two for i in layer.ravel()]}
+
+    def n_sparse():
+        with Model(model_file) as model, fasa_params(ON), model.context() as ctx:
+            return ctx.info().n_layer_sparse
+
+    named = sidecar(plain, tmp_path / "named.gguf", **few)
+    sidecar(plain, model_file.with_suffix(".fasa.gguf"), **more)
+    assert n_sparse() == 2
+    calibrated(plain, model_file)
+    assert n_sparse() == 3
+    with fasa_file(named):
+        assert n_sparse() == 1
+    assert n_sparse() == 3
+
+
+@pytest.mark.parametrize("where", ["beside", "named"])
+def test_sidecars_that_must_be_refused(plain, model_file, tmp_path, where):
+    path = model_file.with_suffix(".fasa.gguf") if where == "beside" else tmp_path / "named.gguf"
+    other = write_tiny_gguf(tmp_path / "other.gguf", "llama", SHAPE, seed=1)
+    cases = {
+        "made for other weights": lambda: sidecar(plain, path, other),
+        "fasa.fingerprint is missing": lambda: sidecar(plain, path, **{"fasa.fingerprint": None}),
+        "fasa.fingerprint is not a string": lambda: sidecar(plain, path, **{"fasa.fingerprint": 1}),
+        "carries no calibration": lambda: sidecar(plain, path, **{"fasa.version": None}),
+        "fasa.n_tip is missing": lambda: sidecar(plain, path, **{"fasa.n_tip": None}),
+        "cannot be read as a GGUF file": lambda: path.write_bytes(b"GGUF but not for long"),
+    }
+    for sentence, write in cases.items():
+        write()
+        with fasa_file(path) if where == "named" else contextlib.nullcontext(), Model(model_file) as model:
+            state, message = model.calibrated()
+            assert state == -1 and sentence in message
+            with fasa_params(OFF), model.context() as ctx:
+                decode(ctx)
+            with pytest.raises(RuntimeError), fasa_params(AUTO, 128), model.context():
+                pass
+
+
+def test_a_named_file_that_does_not_exist(model_file, tmp_path):
+    with fasa_file(tmp_path / "none.gguf"), Model(model_file) as model:
+        assert model.calibrated()[0] == -1
+        assert "none.gguf' cannot be read" in model.calibrated()[1]
+
+
+def test_keys_in_the_model_are_taken_whatever_the_fingerprint(plain, tmp_path):
+    """llama-quantize keeps the keys and changes the weights."""
+    with Model(calibrated(plain, tmp_path / "model.gguf", {"fasa.fingerprint": "0" * 16})) as model:
+        assert model.calibrated() == (1, "")

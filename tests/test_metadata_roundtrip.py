@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from fasa_calibrate.gguf_file import read_gguf
 from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
 from fasa_calibrate.native import load_llama_cpp
 from fasa_calibrate.observe import Model
+from fasa_calibrate.show import main as inspect
 from support.tiny_gguf import Shape, write_tiny_gguf
 
 TEXT = "The keeper rang the bell for four hours, and 59 teeth were enough for the clock. " * 10
@@ -42,8 +44,14 @@ TYPES = {  # docs/metadata.md
     "calibration.budget": gguf.GGUFValueType.UINT32,
     "calibration.n_sink": gguf.GGUFValueType.UINT32,
     "calibration.n_recent": gguf.GGUFValueType.UINT32,
-    "calibration.fingerprint": gguf.GGUFValueType.STRING,
+    "budget": gguf.GGUFValueType.UINT32,
+    "center": gguf.GGUFValueType.FLOAT32,
+    "calibration.error": gguf.GGUFValueType.FLOAT32,
+    "calibration.recall": gguf.GGUFValueType.FLOAT32,
+    "calibration.recall_budget": gguf.GGUFValueType.INT32,
+    "fingerprint": gguf.GGUFValueType.STRING,
 }
+FIGURES = {"calibration.error", "calibration.recall", "calibration.recall_budget"}
 KEYS = [("fasa.version", U32, 1), ("fasa.note", STRING, "x" * 99), ("fasa.fc", ARRAY, list(range(50)))]
 
 
@@ -104,7 +112,7 @@ def test_keys_have_the_types_of_the_contract(model):
     fields = fasa_fields(model)
     assert {name: field.types[-1] for name, field in fields.items()} == TYPES
     arrays = {name for name, field in fields.items() if field.types[0] == gguf.GGUFValueType.ARRAY}
-    assert arrays == {"n_head_kv", "n_rot", "n_tip", "fc"}
+    assert arrays == {"n_head_kv", "n_rot", "n_tip", "fc", "center", *FIGURES}
     values = {name: field.contents() for name, field in fields.items()}
     assert (values["version"], values["rope_type"]) == (1, "neox")
     assert (values["n_sink"], values["n_recent"], values["calibration.budget"]) == (4, 32, 96)
@@ -179,14 +187,113 @@ def test_fingerprint_is_of_q_and_k_weights(model, tmp_path):
         tensor = next(t for t in read_gguf(str(model)).tensors if t.name == name)
         data[tensor.offset + 5] ^= 1
         path.write_bytes(data)
-        return fingerprint(read_gguf(str(path)))
+        return fingerprint([read_gguf(str(path))])
 
-    original = fingerprint(read_gguf(str(model)))
+    original = fingerprint([read_gguf(str(model))])
     for name in ("blk.0.attn_q.weight", "blk.3.attn_k.weight", "blk.1.attn_k.bias"):
         assert change(name) != original
     assert change("blk.0.attn_v.weight") == original
     assert calibrate(model) == 0
-    assert fingerprint(read_gguf(str(model))) == original == fasa_fields(model)["calibration.fingerprint"].contents()
+    assert fingerprint([read_gguf(str(model))]) == original == fasa_fields(model)["fingerprint"].contents()
+
+
+# --- sidecars ---
+
+
+def test_a_sidecar_holds_the_keys_and_leaves_the_model_alone(model, tmp_path):
+    before = model.read_bytes()
+    assert calibrate(model, "--sidecar") == 0
+    assert model.read_bytes() == before
+    sidecar = model.with_suffix(".fasa.gguf")
+    assert sidecar.stat().st_size < 20000 and not gguf.GGUFReader(sidecar).tensors
+    assert calibrate(model) == 0
+    assert {n: f.contents() for n, f in fasa_fields(sidecar).items()} == {
+        n: f.contents() for n, f in fasa_fields(model).items()
+    }
+    assert leftovers(model.parent) == []
+
+
+def test_where_a_sidecar_may_be_written(model, tmp_path, capsys):
+    out = tmp_path / "else.gguf"
+    assert calibrate(model, "--sidecar", "-o", str(out)) == 0
+    assert calibrate(model, "--sidecar", "-o", str(out)) == 0, "a sidecar may be replaced"
+    before = model.read_bytes()
+    assert calibrate(model, "--sidecar", "-o", str(model)) == 1
+    assert "another name than the model" in capsys.readouterr().err
+    other = tmp_path / "other.gguf"
+    other.write_bytes(before)
+    assert calibrate(model, "--sidecar", "-o", str(other)) == 1
+    assert "--force replaces it" in capsys.readouterr().err
+    assert model.read_bytes() == before == other.read_bytes()
+    assert main([str(model), "--sidecar", "--remove"]) == 1
+    assert "a file to delete" in capsys.readouterr().err
+
+
+def split(model, folder, n=2):
+    """The model in n parts as llama-gguf-split names them; keys in the first one."""
+    reader = gguf.GGUFReader(model)
+    tensors = np.array_split(np.arange(len(reader.tensors)), n)
+    for i, part in enumerate(tensors):
+        path = folder / f"split-{i + 1:05d}-of-{n:05d}.gguf"
+        writer = gguf.GGUFWriter(str(path), "qwen2")
+        if i == 0:
+            for field in reader.fields.values():
+                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                    kind, *item = field.types[:2]
+                    writer.add_key_value(field.name, field.contents(), kind, *item)
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", n)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for at in part:
+            tensor = reader.tensors[at]
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / f"split-00001-of-{n:05d}.gguf"
+
+
+def test_a_split_model_takes_a_sidecar_only(model, tmp_path, capsys):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    first = split(model, folder)
+    assert calibrate(first) == 1
+    assert "this model is split: give --sidecar" in capsys.readouterr().err
+    assert calibrate(first, "--sidecar") == 0
+    assert calibrate(model, "--sidecar") == 0
+    parts, whole = (fasa_fields(p.with_suffix(".fasa.gguf")) for p in (first, model))
+    assert parts["fingerprint"].contents() == whole["fingerprint"].contents()
+    second = first.with_name(first.name.replace("00001-of", "00002-of"))
+    assert calibrate(second, "--sidecar") == 1
+    assert "not its first one" in capsys.readouterr().err
+
+
+# --- fasa-inspect ---
+
+
+def test_inspect(model, tmp_path, capsys):
+    def shown(*args):
+        assert inspect(list(map(str, args))) == 0
+        return capsys.readouterr().out
+
+    assert inspect([str(model)]) == 1
+    assert "carries no calibration" in capsys.readouterr().err
+    assert calibrate(model, "--sidecar") == 0
+    capsys.readouterr()
+    sidecar = model.with_suffix(".fasa.gguf")
+    assert shown(model) == shown(sidecar) and str(sidecar) in shown(model)
+    found = json.loads(shown(model, "--json"))
+    stored = {name: field.contents() for name, field in fasa_fields(sidecar).items()}
+    assert found["fingerprint"] == stored["fingerprint"] and found["budget"] == stored["budget"]
+    assert [fc for layer in found["layers"] for head in layer["fc"] for fc in head] == stored["fc"]
+    assert [layer["error"] for layer in found["layers"]] == stored["calibration.error"]
+    assert [r for layer in found["layers"] for r in layer["recall"].values()] == stored["calibration.recall"]
+    pytest.importorskip("matplotlib")
+    shown(model, "--plot", tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    assert inspect([str(model), "--plot", str(tmp_path / "none" / "map.png")]) == 1
+    assert "cannot write" in capsys.readouterr().err
 
 
 # --- where it is written ---
@@ -258,6 +365,7 @@ REWRITE = """
 import sys
 from fasa_calibrate import write
 from fasa_calibrate.gguf_file import read_gguf
+from fasa_calibrate.show import main as inspect
 from fasa_calibrate.metadata import U32
 write._BLOCK = 4096
 pause = __import__("time").sleep if {slow} else None

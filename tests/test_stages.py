@@ -12,15 +12,16 @@ PATHS = pytest.mark.parametrize("use_ref", [True, False], ids=["ref", "fast"])
 NAN16 = np.float16(np.nan)
 
 
-def write_index(k, dims, cells, index, index_type="f16", type_k="f16", hadamard=0):
+def write_index(k, dims, cells, index, index_type="f16", type_k="f16", hadamard=0, center=None):
     """Stage index_cache through C, into a plane of an index; k: [n_cells, D]."""
-    _, lib = ggml()
     d = k.shape[1]
     rows, _ = shapes.stored(k, type_k)
     scratch = np.full(d + len(dims) + TILE, np.nan, np.float32)
+    ffi, lib = ggml()
+    shift = ffi.NULL if center is None else pointer(center, "float *")
     for cell in cells:
         lib.ggml_fasa_cpu_index_write(
-            pointer(rows[cell], "void *"), shapes.type_id(type_k), d, hadamard, pointer(dims, "int32_t *"), len(dims),
+            pointer(rows[cell], "void *"), shapes.type_id(type_k), d, hadamard, pointer(dims, "int32_t *"), shift, len(dims),
             int(cell), oracle.INDEX_TYPES.index(index_type), pointer(index, "void *"), pointer(scratch, "float *"),
         )  # fmt: skip
     assert np.isnan(scratch[-TILE:]).all(), "index_cache wrote past its scratch"
@@ -107,7 +108,7 @@ def assert_scores(actual, expected):
 INDEX_TYPES = pytest.mark.parametrize("index_type", oracle.INDEX_TYPES)
 
 
-def check_index_write(rng, k, n_dim, index_type, type_k="f16", hadamard=0):
+def check_index_write(rng, k, n_dim, index_type, type_k="f16", hadamard=0, center=None):
     """Writes half the cells in some order over an index of rubbish; the oracle must give the same bits."""
     n_cells, d = k.shape
     dims = shapes.dims(rng, 1, n_dim, d)
@@ -115,8 +116,8 @@ def check_index_write(rng, k, n_dim, index_type, type_k="f16", hadamard=0):
     index = oracle.new_index(1, 1, n_cells, n_dim, index_type)
     index.view(np.uint8)[...] = rng.integers(0, 256, index.view(np.uint8).shape)
     _, values = shapes.stored(k, type_k)
-    expected = oracle.index_cache(values[None, :, None], cells, index, dims, index_type, hadamard)
-    write_index(k, dims[0], cells, index, index_type, type_k, hadamard)
+    expected = oracle.index_cache(values[None, :, None], cells, index, dims, index_type, hadamard, center)
+    write_index(k, dims[0], cells, index, index_type, type_k, hadamard, None if center is None else center[0])
     assert np.array_equal(index.view(np.uint8), expected.view(np.uint8)), f"{n_dim} dims"
 
 
@@ -147,6 +148,13 @@ def test_index_write_from_every_cache_type(rng, type_k, hadamard, index_type):
     """What is kept is K before its rotation."""
     for d in (64, 128):
         check_index_write(rng, shapes.exact_k(rng, 2 * TILE, d), 16, index_type, type_k, hadamard)
+
+
+@INDEX_TYPES
+@pytest.mark.parametrize("hadamard", [0, 64])
+def test_index_write_subtracts_the_center(rng, hadamard, index_type):
+    k, center = shapes.exact_k(rng, 2 * TILE, 64), shapes.f32(rng, 1, 16)
+    check_index_write(rng, k, 16, index_type, hadamard=hadamard, center=center)
 
 
 @pytest.mark.parametrize("hadamard", [2, 32, 128, 256])

@@ -1,12 +1,16 @@
 """How far FASA's output is from dense attention, by llama-perplexity: perplexity ratio, KL divergence, top-1 agreement.
 
-Runs the text once dense, saving the logits, then once for each variant with every batch served sparse, through the
-shipped op. Variants: copies of the model calibrated by mass (what ships), by the paper's criterion (ca), and a random
-choice of FCs, the control that must come out clearly worse. Logits take n_vocab * n_ctx bytes per chunk on disk.
+    python tools/eval_quality.py --model M.gguf --text T.txt --ctx 4096 8192 --budget 256 512 --out rows.jsonl
+    python tools/eval_quality.py --table rows.jsonl
+
+For each context the text is run once dense, saving the logits, then once for each variant and budget with every batch
+served sparse by the op that ships. Logits take n_vocab * n_ctx bytes per chunk on disk. --table prints the rows of a
+file as the tables of docs/quality.md.
 """
 
 import argparse
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -18,6 +22,34 @@ from machine import emit, find_tool, row
 
 UBATCH = 512
 
+# variant -> (what it is, arguments of fasa-calibrate, arguments of llama-perplexity); {..} see arguments()
+ON = ["--fasa", "on", "--fasa-max-batch", str(UBATCH), "--fasa-budget", "{budget}"]
+VARIANTS = {
+    "default": ("what fasa-calibrate stores", [], ON),
+    "mass": ("FCs by attention mass", ["--criterion", "mass"], ON),
+    "overlap": ("FCs by overlap with the tokens of full scores", ["--criterion", "overlap"], ON),
+    "error": ("FCs by output error", ["--criterion", "error"], ON),
+    "ca": ("FCs by the paper's contextual agreement, else as the default", ["--criterion", "ca"], ON),
+    "random": ("random FCs, the control", ["--criterion", "random"], ON),
+    "oracle": (
+        "exact scores in place of TIP: all FCs in f16",
+        ["--criterion", "random", "--n-tip", "4096"],
+        [*ON, "--fasa-index-type", "f16"],
+    ),
+    "window": (
+        "sinks and recent tokens only, but for one",
+        ["--criterion", "random"],
+        [*ON, "--fasa-sink", "4", "--fasa-recent", "{window}"],
+    ),
+    "paper": (
+        "the paper's rule, but per KV group: a quarter of the FCs by contextual agreement, nothing forced, one layer dense",
+        ["--criterion", "ca", "--n-tip", "{quarter}", "--sink", "0", "--recent", "0", "--dense-layers", "1"],
+        [*ON, "--fasa-sink", "0", "--fasa-recent", "0", "--fasa-index-type", "f16"],
+    ),
+    "kv-q8_0": ("dense, K and V in q8_0", None, ["--fasa", "off", "-ctk", "q8_0", "-ctv", "q8_0"]),
+    "kv-q4_0": ("dense, K and V in q4_0", None, ["--fasa", "off", "-ctk", "q4_0", "-ctv", "q4_0"]),
+}
+
 # What llama-perplexity prints at its end; the sign between value and uncertainty is not ASCII.
 NUMBER = r"\s*:\s*(-?[\d.]+)\s*\S+\s*([\d.]+)"
 FIGURES = {
@@ -27,16 +59,23 @@ FIGURES = {
     "kl": "Mean\\s+KLD",
     "top1": "Same top p",
 }
+STARTED = re.compile(
+    r"fasa: (?P<n_layer_sparse>\d+) layers sparse, (?P<n_layer_dense>\d+) dense.* (?P<index_type>\w+) index of "
+    r"(?P<index_mib>[\d.]+) MiB beside (?P<kv_mib>[\d.]+) MiB"
+)
 
 
 def parse_figures(output):
-    """The figures of FIGURES and their uncertainties (key + "_err"); top1 in percent."""
+    """The figures of FIGURES and their uncertainties (key + "_err"), top1 in percent; and what FASA said at its start."""
     figures = {}
     for name, label in FIGURES.items():
         found = re.search("^" + label + NUMBER, output, re.M)
         if not found:
             raise ValueError(f"llama-perplexity printed no {name}")
         figures[name], figures[name + "_err"] = float(found[1]), float(found[2])
+    started = STARTED.search(output)
+    if started:
+        figures.update(started.groupdict())
     return figures
 
 
@@ -49,103 +88,112 @@ def check_run(command):
     return output
 
 
+def arguments(templates, **values):
+    return [template.format(**values) for template in templates]
+
+
+def n_fc(model):
+    """FCs of a head, that of the first layer."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(model).fields
+    arch = fields["general.architecture"].contents()
+
+    def get(name):
+        return fields[f"{arch}.{name}"].contents() if f"{arch}.{name}" in fields else None
+
+    head_size = get("attention.key_length") or get("embedding_length") // get("attention.head_count")
+    return (get("rope.dimension_count") or head_size) // 2
+
+
 def table(rows):
-    lines = ["| variant | budget | index | ppl ratio | KL | top-1 % |", "|---|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(
-            f"| {r['variant']} | {r['budget']} | {r.get('index_type') or ''} | {r['ppl_ratio']:.4f} | "
-            f"{r['kl']:.4f} +- {r['kl_err']:.4f} | {r['top1']:.2f} |"
-        )
+    """Markdown: one table for each model, text, number of chunks and context."""
+    lines = []
+    same = ("model", "text", "chunks", "ctx")
+    rows = sorted(rows, key=lambda r: [str(r[k]) for k in same])
+    for (model, text, chunks, ctx), group in itertools.groupby(rows, lambda r: tuple(r[k] for k in same)):
+        lines += [
+            "",
+            f"{model}, {text}, context {ctx}, {'all' if chunks < 0 else chunks} chunks:",
+            "",
+            "| variant | budget | index / KV | sparse layers | ppl ratio | mean KL from dense | same top-1 % |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for r in sorted(group, key=lambda r: (r["budget"] or 0, r["kl"])):
+            index = f"{r['index_type']}, 1/{float(r['kv_mib']) / float(r['index_mib']):.1f}" if r.get("index_mib") else ""
+            layers = f"{r['n_layer_sparse']} of {int(r['n_layer_sparse']) + int(r['n_layer_dense'])}" if index else ""
+            lines.append(
+                f"| {r['variant']} | {r['budget'] or ''} | {index} | {layers} | {r['ppl_ratio']:.4f} | "
+                f"{r['kl']:.5f} +- {r['kl_err']:.5f} | {r['top1']:.2f} |"
+            )
     return "\n".join(lines)
 
 
+def evaluate(args, work, tools):
+    perplexity, calibrate = tools
+    rows = []
+    for ctx in args.ctx:
+        logits = work / f"dense-{ctx}.logits"
+
+        def run(*more, ctx=ctx, logits=logits):
+            given = ["-m", args.model, "-f", args.text, "-c", str(ctx), "--chunks", str(args.chunks)]
+            fixed = ["-b", "2048", "-ub", str(UBATCH), "-fa", "on", "--kl-divergence-base", logits]
+            return check_run([perplexity, *given, *fixed, "-t", str(args.threads), "-ngl", str(args.n_gpu_layers), *more])
+
+        if not logits.exists():
+            run("--fasa", "off")
+        for variant in args.variants:
+            _, how, settings = VARIANTS[variant]
+            sidecar = work / f"{variant}.gguf"
+            for budget in args.budget if how is not None else [None]:
+                values = {"budget": budget, "window": (budget or 0) - 5, "quarter": n_fc(args.model) // 4}
+                if how is not None and not sidecar.exists():
+                    more = [*arguments(how, **values), *args.calibrate_args.split()]
+                    check_run([calibrate, args.model, "--sidecar", "-o", sidecar, "--threads", str(args.threads), *more])
+                named = [] if how is None else ["--fasa-file", sidecar]
+                figures = parse_figures(run("--kl-divergence", *arguments(settings, **values), *named))
+                settings_of_row = dict(variant=variant, budget=budget, ctx=ctx, chunks=args.chunks)
+                text = pathlib.Path(args.text).name
+                rows.append(
+                    row("quality", args.model, **settings_of_row, text=text, calibrate_args=args.calibrate_args, **figures)
+                )
+                emit(rows[-1], args.out)
+                print(f"context {ctx}, {variant}, budget {budget}: KL {rows[-1]['kl']:.5f}", file=sys.stderr)
+    return rows
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="GGUF; it is not changed")
-    parser.add_argument("--text", required=True, help="text to predict; not the calibration text")
-    parser.add_argument("--ctx", type=int, default=4096)
+    parser = argparse.ArgumentParser(
+        description=__doc__ + "\nvariants:\n" + "\n".join(f"  {name:8} {what}" for name, (what, _, _) in VARIANTS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="GGUF; it is not changed")
+    parser.add_argument("--text", help="text to predict; not the calibration text")
+    parser.add_argument("--table", metavar="ROWS", help="print the rows of this file as tables, and do nothing else")
+    parser.add_argument("--ctx", type=int, nargs="+", default=[4096])
     parser.add_argument("--chunks", type=int, default=8, help="contexts evaluated, -1: all (default: 8)")
     parser.add_argument("--budget", type=int, nargs="+", default=[256])
-    parser.add_argument(
-        "--index-type", nargs="+", choices=["f16", "q8", "q4"], default=[None], help="(default: the program's)"
-    )
-    parser.add_argument("--variants", nargs="+", choices=["mass", "ca", "random"], default=["mass", "ca", "random"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default", "oracle", "ca", "random"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--work", help="folder for the copies and logits, kept (default: a temporary one)")
+    parser.add_argument("--n-gpu-layers", type=int, default=0)
+    parser.add_argument("--work", help="folder for sidecars and logits, kept and used again (default: a temporary one)")
     parser.add_argument("--calibrate-args", default="", help="more arguments of fasa-calibrate, in one string")
     parser.add_argument("--llama-perplexity", help="path of the program (default: the installed one)")
     parser.add_argument("--fasa-calibrate", help="path of the program (default: the installed one)")
     parser.add_argument("--out", help="append the JSON lines to this file instead of printing them")
     args = parser.parse_args()
+    if args.table:
+        rows = [json.loads(line) for line in pathlib.Path(args.table).read_text().splitlines()]
+        print(table([r for r in rows if r["kind"] == "quality"]))
+        return
+    if not args.model or not args.text:
+        parser.error("--model and --text are needed")
 
-    perplexity = find_tool("llama-perplexity", args.llama_perplexity)
-    calibrate = find_tool("fasa-calibrate", args.fasa_calibrate)
+    tools = find_tool("llama-perplexity", args.llama_perplexity), find_tool("fasa-calibrate", args.fasa_calibrate)
     with tempfile.TemporaryDirectory() as temporary:
         work = pathlib.Path(args.work or temporary)
         work.mkdir(parents=True, exist_ok=True)
-        logits = work / "dense.logits"
-
-        def evaluate(model, *more):
-            return check_run(
-                [
-                    perplexity,
-                    "-m",
-                    model,
-                    "-f",
-                    args.text,
-                    "-c",
-                    str(args.ctx),
-                    "--chunks",
-                    str(args.chunks),
-                    "-t",
-                    str(args.threads),
-                    "-b",
-                    "2048",
-                    "-ub",
-                    str(UBATCH),
-                    "-fa",
-                    "on",
-                    "--kl-divergence-base",
-                    logits,
-                    *more,
-                ]
-            )
-
-        evaluate(args.model, "--fasa", "off")
-        rows = []
-        for variant in args.variants:
-            copy = work / f"{variant}.gguf"
-            more = ["--criterion", variant, *args.calibrate_args.split()]
-            check_run([calibrate, args.model, "-o", copy, "--force", *more])
-            for budget, index_type in itertools.product(args.budget, args.index_type):
-                output = evaluate(
-                    copy,
-                    "--kl-divergence",
-                    "--fasa",
-                    "on",
-                    "--fasa-budget",
-                    str(budget),
-                    "--fasa-max-batch",
-                    str(UBATCH),
-                    *(["--fasa-index-type", index_type] if index_type else []),
-                )
-                rows.append(
-                    row(
-                        "quality",
-                        copy,
-                        variant=variant,
-                        budget=budget,
-                        index_type=index_type,
-                        ctx=args.ctx,
-                        chunks=args.chunks,
-                        text=pathlib.Path(args.text).name,
-                        calibrate_args=args.calibrate_args,
-                        **parse_figures(output),
-                    )
-                )
-                emit(rows[-1], args.out)
-                print(f"{variant} budget {budget} {index_type or ''}: KL {rows[-1]['kl']:.4f}", file=sys.stderr)
-    print(table(rows))
+        print(table(evaluate(args, work, tools)))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def add_vocabulary(writer, n_vocab):
 
 
 def add_fasa_keys(writer, args, rng):
-    """FASA's metadata as fasa-calibrate writes it, less the fingerprint of weights that are not there yet."""
+    """FASA's metadata as fasa-calibrate writes it, less what weights say that are not there yet."""
     layers = range(args.n_layer)
 
     def fcs():
@@ -113,15 +113,17 @@ def add_fasa_keys(writer, args, rng):
         n_rot={il: args.head_size for il in layers},
         n_head_kv={il: args.n_head_kv for il in layers},
         fcs={il: fcs() for il in layers if il >= args.dense_layers},
+        centers={},
+        quality={},
         n_tokens=0,
         n_query=0,
     )
-    options = Options(criterion="random", n_tip=args.n_tip, dense_layers=args.dense_layers, seed=args.seed)
+    options = Options(criterion="random", n_tip=args.n_tip, n_dense=args.dense_layers, seed=args.seed)
     known = {"general.architecture": "llama", "llama.attention.head_count": args.n_head}
     no_weights = GgufFile(os.devnull, 3, 0, 0, 0, 0, 32, values=known)
-    for name, kind, value in fasa_keys(no_weights, calibration, options, "none", hashlib.sha256().hexdigest()):
-        if name == "fasa.calibration.fingerprint":
-            continue
+    for name, kind, value in fasa_keys(
+        no_weights, "", calibration, options, "none", hashlib.sha256().hexdigest(), None
+    ):
         add = {U32: writer.add_uint32, STRING: writer.add_string}.get(kind, writer.add_array)
         add(name, value)
 

@@ -74,9 +74,13 @@ struct llama_fasa_params llama_fasa_default_params(void);
 int32_t                  llama_fasa_set_params(const struct llama_fasa_params * params);
 struct llama_fasa_params llama_fasa_get_params(void);
 
+void                     llama_fasa_set_file(const char * path);
+
 int32_t llama_fasa_index_type(const char * name);
 
 int32_t llama_fasa_model_calibrated(const struct llama_model * model);
+
+int32_t llama_fasa_model_budget(const struct llama_model * model);
 
 struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
 
@@ -96,8 +100,8 @@ const char * llama_fasa_pin(void);
 // ggml-fasa-cpu.h
 
 void ggml_fasa_cpu_index_write(
-        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, int64_t n_dim, int64_t cell,
-        int index_type, void * index, float * scratch);
+        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, const float * center, int64_t n_dim,
+        int64_t cell, int index_type, void * index, float * scratch);
 
 size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_dim, int64_t n_kv);
 size_t ggml_fasa_cpu_fac_scratch(int64_t n_group, int64_t n_cells, int64_t d);

@@ -33,6 +33,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
         fasa_mode: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, of which a CUDA device
             reads the selected tokens only) or "auto" (c if it fits into the memory of the device, else m).
+        fasa_file: the sidecar with the model's calibration; None: the model itself, else the sidecar beside it.
         **kwargs: of `llama_cpp.Llama`. flash_attn, which FASA needs, is switched on if FASA is going to run and it is
             not given.
 
@@ -56,9 +57,11 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_max_batch: int | None = None,
         fasa_index_type: str | None = None,
         fasa_mode: str = "auto",
+        fasa_file: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self._fasa = FasaParams(fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode)
+        self._fasa_file = None if fasa_file is None else os.fspath(fasa_file)
         params = self._fasa.to_c()
         self._fasa_flash_attn: bool | None = kwargs.pop("flash_attn", None)
         if fasa is True and self._fasa_flash_attn is False:
@@ -69,6 +72,8 @@ class Llama(_StockLlama):  # type: ignore[misc]
             before = ffi.new("struct llama_fasa_params *", lib.llama_fasa_get_params())
             if lib.llama_fasa_set_params(params) != 0:
                 raise FasaConfigError(_native.last_error())
+            if self._fasa_file is not None:
+                lib.llama_fasa_set_file(os.fsencode(self._fasa_file))
             try:
                 super().__init__(os.fspath(model_path), flash_attn=bool(self._fasa_flash_attn), **kwargs)
             except Exception as error:
@@ -79,6 +84,8 @@ class Llama(_StockLlama):  # type: ignore[misc]
                 raise
             finally:
                 lib.llama_fasa_set_params(before)
+                if self._fasa_file is not None:
+                    lib.llama_fasa_set_file(ffi.NULL)
 
     # The parent assigns its model between loading it and making the context: the one moment to look at the model's
     # calibration and still choose flash attention.
@@ -102,7 +109,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
             raise FasaUncalibratedError(
                 f"{self.model_path} carries no FASA calibration; run: fasa-calibrate {self.model_path}"
             )
-        wanted = self._fasa.mode is True or self._fasa.budget or "fasa.budget" in model.metadata()
+        wanted = self._fasa.mode is True or self._fasa.budget or _native.llama().llama_fasa_model_budget(handle) > 0
         if calibrated and wanted and self._fasa_flash_attn is None:
             self.context_params.flash_attn_type = _stock.load().LLAMA_FLASH_ATTN_TYPE_ENABLED
 
@@ -140,6 +147,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
             fasa_max_batch=fasa.max_batch,
             fasa_index_type=fasa.index_type,
             fasa_mode=fasa.variant,
+            fasa_file=self._fasa_file,
             flash_attn=self._fasa_flash_attn,
         )
         return state

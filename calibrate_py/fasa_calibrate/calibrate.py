@@ -3,11 +3,15 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
 
-from .criteria import CHOOSE, Group, Rules
+from .criteria import CHOOSE, Group, Quality, Rules, quality
 from .errors import CalibrateError
+
+DENSE_SHARE = 15
+
 
 @dataclass(frozen=True)
 class Options:
@@ -17,20 +21,26 @@ class Options:
     n_tip: int = 16  # or all FCs of a head that has fewer
     rules: Rules = field(default_factory=Rules)
     n_ctx: int = 4096
-    n_query: int = 48
-    dense_layers: int = 2
+    n_query: int = 32
+    n_dense: Optional[int] = None  # layers to leave dense, None for one in DENSE_SHARE of those that FASA can serve
     seed: int = 0
 
 
 @dataclass
 class Calibration:
-    """Dominant FCs of each layer: {layer: [ids of KV head 0, ids of KV head 1, ...]}, and what they came from."""
+    """Dominant FCs of each layer, {layer: [ids of KV head 0, ids of KV head 1, ...]}, and what they came from.
+
+    centers: {layer: [Group.center of KV head 0, ...]}
+    quality: {layer: Quality}, of every layer that FASA can serve, those left dense included
+    """
 
     rope: str
     n_layer: int
     n_rot: dict
     n_head_kv: dict
     fcs: dict
+    centers: dict
+    quality: dict
     n_tokens: int
     n_query: int
 
@@ -43,10 +53,14 @@ def query_positions(n_tokens, n_query, budget, seed):
     return np.array([rng.integers(a, b) for a, b in zip(edges[:-1], edges[1:])])
 
 
-def calibrate(model, text, options, n_threads, progress=None):
-    """Returns the Calibration of an open Model; progress() is called after each layer that has attention."""
+def calibrate(model, text, options, n_threads, progress=None, held_out=0):
+    """Returns the Calibration of an open Model; progress() is called after each layer that has attention.
+
+    held_out: the last one in so many tokens is left out; 0: none
+    """
     rope = model.rope
     tokens = model.tokenize(text)[: min(options.n_ctx, model.n_ctx_train)]
+    tokens = tokens[: len(tokens) - (len(tokens) // held_out if held_out else 0)]
     rules = options.rules
     if rules.n_free < 1:
         raise CalibrateError("the budget must be larger than the forced tokens")
@@ -56,13 +70,15 @@ def calibrate(model, text, options, n_threads, progress=None):
             f" {2 * rules.budget}"
         )
     positions = query_positions(len(tokens), options.n_query, rules.budget, options.seed)
-    result = Calibration(rope, model.n_layer, {}, {}, {}, len(tokens), len(positions))
+    result = Calibration(rope, model.n_layer, {}, {}, {}, {}, {}, len(tokens), len(positions))
 
     def visit(attention):
         result.n_rot[attention.layer] = attention.n_rot
         result.n_head_kv[attention.layer] = len(attention.k)
-        if attention.layer >= options.dense_layers and attention.full and attention.rope is not None:
-            result.fcs[attention.layer] = _choose_layer(attention, positions, options, pool)
+        if attention.full and attention.rope is not None:
+            heads = _choose_layer(attention, positions, options, pool)
+            result.fcs[attention.layer], result.centers[attention.layer], of_heads = map(list, zip(*heads))
+            result.quality[attention.layer] = sum(of_heads, Quality())
         if progress is not None:
             progress()
 
@@ -70,7 +86,16 @@ def calibrate(model, text, options, n_threads, progress=None):
         model.attentions(tokens, positions, visit, n_threads)
     if not result.fcs:
         raise CalibrateError("this model has no layer that FASA can serve: no full attention with rotary embedding")
+    for layer in worst_layers({il: q.relative_error for il, q in result.quality.items()}, options.n_dense):
+        del result.fcs[layer], result.centers[layer]
     return result
+
+
+def worst_layers(errors, n_dense):
+    """The layers to leave dense, at least one less than there are."""
+    if n_dense is None:
+        n_dense = round(len(errors) / DENSE_SHARE)
+    return sorted(errors, key=errors.get, reverse=True)[: min(n_dense, len(errors) - 1)]
 
 
 def _choose_layer(attention, positions, options, pool):
@@ -86,6 +111,7 @@ def _choose_layer(attention, positions, options, pool):
         group = Group(
             attention.q[:, heads],
             attention.k[head],
+            attention.v[head],
             positions,
             attention.rope,
             attention.n_rot,
@@ -95,7 +121,8 @@ def _choose_layer(attention, positions, options, pool):
         )
         # a stream of its own for every head: the result does not depend on the order of work
         rng = np.random.default_rng([options.seed, attention.layer, head])
-        return CHOOSE[options.criterion](group, n_tip, options.rules, rng)
+        fcs = CHOOSE[options.criterion](group, n_tip, options.rules, rng)
+        return fcs, group.center(fcs), quality(group, fcs, options.rules)
 
     return list(pool.map(choose, range(n_head_kv)))
 

@@ -9,14 +9,15 @@ from importlib import resources
 from tqdm import tqdm
 
 from . import __version__
-from .calibrate import Options, calibrate, sha256_text
+from .calibrate import DENSE_SHARE, Options, calibrate, sha256_text
 from .criteria import CRITERIA, Rules
 from .errors import CalibrateError
-from .gguf_file import read_gguf
-from .metadata import INDEX_TYPES, PREFIX, fasa_keys
+from .gguf_file import read_gguf, read_parts
+from .measure import HELD_OUT, smallest_budget
+from .metadata import INDEX_TYPES, PREFIX, fasa_keys, fingerprint, sidecar_of
 from .native import load_llama_cpp
 from .observe import Model
-from .write import termination_as_exception, write_keys
+from .write import termination_as_exception, write_keys, write_sidecar
 
 BUILTIN_TEXT = "calibration_text.txt"
 MAX_U32 = (1 << 32) - 1
@@ -43,6 +44,9 @@ def build_parser():
     add("model", metavar="MODEL.gguf", help="the model; rewritten in place unless -o is given")
     add("-o", "--output", metavar="OUT.gguf", help="write a copy and leave the model alone")
     add("--force", action="store_true", help="let -o replace an existing file")
+    add("--sidecar", action="store_true",
+        help="write the keys into a small file of their own, by default MODEL.fasa.gguf, where llama.cpp with FASA finds"
+        " them; the model is not changed")
     add("--remove", action="store_true", help="remove the fasa.* keys instead of writing them")
     add("--text", metavar="FILE", help="calibration text, UTF-8 (default: a built-in one)")
     add("--criterion", choices=CRITERIA, default=options.criterion,
@@ -60,11 +64,15 @@ def build_parser():
     add("--recent", type=integer(0), metavar="N", default=rules.n_recent,
         help="last tokens that are always kept, stored as a recommendation (default: %(default)s)")
     add("--store-budget", type=integer(1), metavar="N",
-        help="store N as the recommended budget, with which the runtime switches FASA on by itself (default: none)")
+        help="recommended budget to store, with which FASA switches on by itself (default: that of --budget)")
+    add("--target-kld", type=_positive, metavar="X",
+        help="store the smallest budget whose mean KL divergence from dense is at most X; a quarter of the text is kept for"
+        " measuring that")
     add("--index-type", choices=INDEX_TYPES,
         help="store this as the recommended type of the index (default: none, the runtime's default)")
-    add("--dense-layers", type=integer(0), metavar="N", default=options.dense_layers,
-        help="first layers that stay dense (default: %(default)s)")
+    add("--dense-layers", type=integer(0), metavar="N", default=options.n_dense,
+        help="layers that stay dense, those whose output FASA would change most"
+        f" (default: one in {DENSE_SHARE} of the layers that it can serve)")
     add("--seed", type=integer(0, MAX_U32), metavar="N", default=options.seed,
         help="of the query positions and of --criterion random (default: %(default)s)")
     add("--threads", type=integer(1, 4096), metavar="N", default=_n_cpu(),
@@ -74,6 +82,13 @@ def build_parser():
     add("--verbose", action="store_true", help="show the log of llama.cpp")
     add("--version", action="version", version=f"fasa-calibrate {__version__}")
     return parser
+
+
+def _positive(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a positive number")
+    return value
 
 
 def _n_cpu():
@@ -99,22 +114,34 @@ def _run(args):
     rules = Rules(args.budget, args.sink, args.recent)
     if rules.n_free < 1 or (args.store_budget or args.budget) <= args.sink + args.recent:
         raise CalibrateError("--budget and --store-budget must be larger than --sink plus --recent")
+    if args.store_budget and args.target_kld:
+        raise CalibrateError("--store-budget and --target-kld both name a budget to store")
+    if args.sidecar and args.remove:
+        raise CalibrateError("--remove takes the keys out of a model; a sidecar is a file to delete")
     target = _target(args)
-    gguf = read_gguf(args.model)
+    parts = read_parts(args.model)
+    gguf = parts[0]
     _check_model(gguf)
+    if len(parts) > 1 and not args.sidecar:
+        raise CalibrateError("this model is split: give --sidecar, or join its parts with llama-gguf-split --merge first")
     if args.remove:
         keys = []
         note = f"removed {sum(name.startswith(PREFIX) for name in gguf.keys)} keys"
     else:
-        keys, note = _calibrate(args, gguf, rules)
-    with _bar(args, "writing", gguf.size - gguf.data_start, unit="B", unit_scale=True) as bar:
-        write_keys(gguf, target, keys, bar.update)
+        keys, note = _calibrate(args, parts, rules)
+    if args.sidecar:
+        write_sidecar(target, keys, args.model)
+    else:
+        with _bar(args, "writing", gguf.size - gguf.data_start, unit="B", unit_scale=True) as bar:
+            write_keys(gguf, target, keys, bar.update)
     if not args.quiet:
         print(f"{note}; wrote {target}")
+        if args.sidecar and f"{PREFIX}version" in gguf.keys:
+            print("the model has keys of its own, which are used unless --fasa-file names the sidecar")
 
 
 def _target(args):
-    target = args.output or args.model
+    target = args.output or (sidecar_of(args.model) if args.sidecar else args.model)
     if os.path.isdir(target):
         raise CalibrateError(f"'{target}' is a directory")
     folder = os.path.dirname(os.path.realpath(target))
@@ -122,9 +149,20 @@ def _target(args):
         raise CalibrateError(f"there is no directory '{folder}'")
     if not os.access(folder, os.W_OK):
         raise CalibrateError(f"the directory '{folder}' is not writable")
-    if os.path.exists(target) and not args.force and os.path.realpath(target) != os.path.realpath(args.model):
+    is_model = os.path.realpath(target) == os.path.realpath(args.model)
+    if is_model and args.sidecar:
+        raise CalibrateError("the sidecar needs another name than the model")
+    if os.path.exists(target) and not (args.force or is_model or _is_sidecar(target)):
         raise CalibrateError(f"'{target}' exists; --force replaces it")
     return target
+
+
+def _is_sidecar(path):
+    try:
+        gguf = read_gguf(path)
+    except CalibrateError:
+        return False
+    return not gguf.tensors and f"{PREFIX}version" in gguf.keys
 
 
 def _check_model(gguf):
@@ -133,9 +171,6 @@ def _check_model(gguf):
         raise CalibrateError("the GGUF file does not say its architecture")
     if not gguf.tensors:
         raise CalibrateError("the GGUF file holds no tensors")
-    n_split = gguf.get("split.count", 0)
-    if isinstance(n_split, int) and n_split > 1:
-        raise CalibrateError("this is one part of a split model; join the parts with llama-gguf-split --merge first")
     if f"{arch}.attention.kv_lora_rank" in gguf.keys:
         raise CalibrateError("this model uses multi-head latent attention (MLA), which FASA does not support")
 
@@ -153,22 +188,35 @@ def _read_text(path):
         raise CalibrateError(f"'{path}' is not UTF-8 text") from None
 
 
-def _calibrate(args, gguf, rules):
+def _calibrate(args, parts, rules):
     text, text_name = _read_text(args.text)
     options = Options(args.criterion, args.n_tip, rules, args.n_ctx, args.n_query, args.dense_layers, args.seed)
     llama_cpp = load_llama_cpp()
     with Model(llama_cpp, args.model, args.n_gpu_layers, args.verbose) as model:
         with _bar(args, "calibrating", model.n_layer, unit="layer") as bar:
-            result = calibrate(model, text, options, args.threads, bar.update)
-    if not args.quiet and result.n_tokens < args.n_ctx:
+            held_out = HELD_OUT if args.target_kld else 0
+            result = calibrate(model, text, options, args.threads, bar.update, held_out)
+    if not args.quiet and not held_out and result.n_tokens < args.n_ctx:
         print(f"used {result.n_tokens} tokens, less than --n-ctx {args.n_ctx}: the text or the model allows no more")
-    keys = fasa_keys(gguf, result, options, text_name, sha256_text(text), args.store_budget, args.index_type)
+    budget = args.store_budget or args.budget
+    of_model = fingerprint(parts)
+    sha256 = sha256_text(text)
+
+    def keys_with(budget):
+        return fasa_keys(parts[0], of_model, result, options, text_name, sha256, budget, args.index_type)
+
     n_tip = {len(heads[0]) for heads in result.fcs.values()}
     note = (
         f"calibrated {len(result.fcs)} of {result.n_layer} layers with {'/'.join(map(str, sorted(n_tip)))} FCs per head"
         f" on {result.n_tokens} tokens"
     )
-    return keys, note
+    if args.target_kld:
+        budget, kld = smallest_budget(
+            llama_cpp, args.model, keys_with(budget), text, options, args.target_kld, args.threads, args.n_gpu_layers,
+            args.verbose,
+        )  # fmt: skip
+        note += f"; KL divergence from dense {kld:.2g} at budget {budget}"
+    return keys_with(budget), note
 
 
 def _bar(args, what, total, **kwargs):

@@ -4,11 +4,12 @@ Letters: F FCs of a head (n_rot / 2), R query heads of the KV group, Q sampled q
 t tokens visible to one query (its position + 1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-CRITERIA = ("mass", "ca", "random")
+CRITERIA = ("mass", "overlap", "error", "ca", "random")
+RECALL_BUDGETS = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ def fc_planes(x, rope, n_rot):
 class Group:
     """Scores of the queries of one KV group over its keys.
 
-    q: [Q, R, D], k: [N, D], positions: [Q] cell of each query's own token, sinks: [R] or None
+    q: [Q, R, D], k: [N, D], v: [N, DV], positions: [Q] cell of each query's own token, sinks: [R] or None
     """
 
-    def __init__(self, q, k, positions, rope, n_rot, scale, softcap=0.0, sinks=None):
+    def __init__(self, q, k, v, positions, rope, n_rot, scale, softcap=0.0, sinks=None):
         self.positions = np.asarray(positions)
         self._q = np.asarray(q, np.float32)
         self._k = np.asarray(k, np.float32)
+        self._v = np.asarray(v, np.float32)
         self._q_fc = fc_planes(self._q, rope, n_rot) * np.float32(scale)  # [F, Q, R, 2]
         self._k_fc = np.ascontiguousarray(fc_planes(self._k, rope, n_rot).transpose(0, 2, 1))  # [F, 2, N]
         self._scale, self._softcap, self._sinks = scale, softcap, sinks
@@ -69,6 +71,14 @@ class Group:
             total += np.exp(self._sinks[:, None] - top)
         return e / total
 
+    def output(self, attention):
+        """Rows of V weighted by attention [..., t]: F32 [..., DV]."""
+        return attention @ self._v[: attention.shape[-1]]
+
+    def center(self, fcs):
+        """The mean of K over all tokens in the dims of fcs, first dims of the planes, then second: F32 [2 * len(fcs)]."""
+        return self._k_fc[fcs].mean(axis=-1, dtype=np.float64).T.ravel().astype(np.float32)
+
 
 def tip_rank(scores):
     """By what tokens are ranked at run time: the sum over a group's heads of softmax(TIP). [..., R, t] -> [..., t].
@@ -93,27 +103,110 @@ def top_sum(rank, values, n):
     return kept @ values
 
 
-def choose_mass(group, n_tip, rules, rng):
-    """Greedy forward selection: each step adds the FC with which select captures most dense attention mass.
+def order_of_selection(rank, rules):
+    """Tokens in the order in which select takes them: those that are forced, then the rest by rank [t]; int [t]."""
+    t = len(rank)
+    forced = np.zeros(t, bool)
+    forced[: rules.n_sink] = forced[max(0, t - rules.n_recent) :] = True
+    free = np.flatnonzero(~forced)
+    return np.concatenate([np.flatnonzero(forced), free[np.argsort(-rank[free], kind="stable")]])
 
-    Mass is counted under the rules of run time, beyond the tokens that are forced anyway.
+
+def sparse_output(group, weights, kept):
+    """Attention over the kept tokens only, from the dense weights [R, t]: [R, DV]."""
+    some = np.zeros_like(weights)
+    some[:, kept] = weights[:, kept]
+    return group.output(some * (weights.sum(axis=-1, keepdims=True) / some.sum(axis=-1, keepdims=True)))
+
+
+@dataclass
+class Quality:
+    """What attention over the tokens that some FCs select makes of queries, summed over queries, heads and layers."""
+
+    n_query: int = 0
+    error: float = 0.0  # squares of the difference from dense output
+    size: float = 0.0  # squares of the dense output
+    recall: np.ndarray = field(default_factory=lambda: np.zeros(len(RECALL_BUDGETS)))  # dense mass on selected tokens
+
+    def __add__(self, other):
+        return Quality(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def relative_error(self):
+        return self.error / max(self.size, 1e-30)
+
+    @property
+    def mean_recall(self):
+        """The share of dense attention that falls on the selected tokens, for each of RECALL_BUDGETS."""
+        return self.recall / max(self.n_query, 1)
+
+
+def quality(group, fcs, rules):
+    """The Quality of FCs; recall for several budgets, the rest for that of the rules."""
+    total = Quality()
+    for i in range(len(group.positions)):
+        weights = group.attention(i)
+        order = order_of_selection(tip_rank(group.fc_scores(i)[fcs].sum(axis=0)), rules)
+        dense = group.output(weights)
+        difference = sparse_output(group, weights, order[: rules.budget]) - dense
+        mass = weights.mean(axis=0)
+        recall = np.cumsum(mass[order])[np.minimum(RECALL_BUDGETS, len(order)) - 1] / mass.sum()
+        total += Quality(1, float(np.square(difference).sum()), float(np.square(dense).sum()), recall)
+    return total
+
+
+def choose_greedily(group, n_tip, gain):
+    """Forward selection: FCs are added one by one, each time the one with which gain is largest.
+
+    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. Every step looks at all FCs
+    that are left: some are of no use but with others, and to look only at those that did well before costs quality.
     """
     queries = range(len(group.positions))
     fc = [group.fc_scores(i) for i in queries]
-    free = [slice(rules.n_sink, max(rules.n_sink, t + 1 - rules.n_recent)) for t in group.positions]
-    mass = [group.attention(i).mean(axis=0)[free[i]] for i in queries]
     tip = [np.zeros_like(f[0]) for f in fc]
     chosen, rest = [], list(range(group.n_fc))
     while len(chosen) < n_tip:
-        captured = np.zeros(len(rest))
-        for i in queries:
-            rank = tip_rank(fc[i][rest] + tip[i])[:, free[i]]
-            captured += top_sum(rank, mass[i], rules.n_free)
-        best = rest.pop(int(np.argmax(captured)))
+        gains = sum(gain(i, fc[i][rest] + tip[i]) for i in queries)
+        best = rest.pop(int(np.argmax(gains)))
         chosen.append(best)
         for i in queries:
             tip[i] += fc[i][best]
     return sorted(chosen)
+
+
+def _free(group, rules):
+    """The tokens of each query that are not forced."""
+    return [slice(rules.n_sink, max(rules.n_sink, t + 1 - rules.n_recent)) for t in group.positions]
+
+
+def choose_mass(group, n_tip, rules, rng):
+    """FCs with which select captures most dense attention mass, beyond the tokens that are forced anyway."""
+    free = _free(group, rules)
+    mass = [group.attention(i).mean(axis=0)[f] for i, f in enumerate(free)]
+    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], mass[i], rules.n_free))
+
+
+def choose_overlap(group, n_tip, rules, rng):
+    """FCs with which select finds most of the tokens that full scores would select, beyond the forced ones."""
+    free = _free(group, rules)
+    wanted = []
+    for i, f in enumerate(free):
+        rank = tip_rank(group.logits(i))[f]
+        wanted.append(np.zeros(len(rank), np.float32))
+        wanted[-1][np.argsort(-rank, kind="stable")[: rules.n_free]] = 1
+    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], wanted[i], rules.n_free))
+
+
+def choose_error(group, n_tip, rules, rng):
+    """FCs with which the output of attention over the selected tokens is nearest to the dense one."""
+    weights = [group.attention(i) for i in range(len(group.positions))]
+    dense = [group.output(w) for w in weights]
+
+    def gain(i, scores):
+        kept = [order_of_selection(rank, rules)[: rules.budget] for rank in tip_rank(scores)]
+        return np.array([-np.square(sparse_output(group, weights[i], k) - dense[i]).sum() for k in kept])
+
+    return choose_greedily(group, n_tip, gain)
 
 
 def choose_ca(group, n_tip, rules, rng):
@@ -135,4 +228,10 @@ def choose_random(group, n_tip, rules, rng):
     return sorted(rng.choice(group.n_fc, n_tip, replace=False).tolist())
 
 
-CHOOSE = {"mass": choose_mass, "ca": choose_ca, "random": choose_random}
+CHOOSE = {
+    "mass": choose_mass,
+    "overlap": choose_overlap,
+    "error": choose_error,
+    "ca": choose_ca,
+    "random": choose_random,
+}

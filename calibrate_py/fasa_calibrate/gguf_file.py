@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass, field
 
@@ -140,6 +141,18 @@ def read_gguf(path):
                 return _parse(path, data, size)
     except OSError as err:
         raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
+
+
+def read_parts(path):
+    """The files of a model, the one at path first: several if it is split."""
+    first = read_gguf(path)
+    n_split = first.get("split.count", 0)
+    if not isinstance(n_split, int) or n_split <= 1:
+        return [first]
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path)
+    if match is None or int(match[2]) != n_split:
+        raise CalibrateError(f"'{path}' is a part of a split model, but not its first one by its name")
+    return [first, *(read_gguf(f"{match[1]}-{i:05d}-of-{match[2]}.gguf") for i in range(2, n_split + 1))]
 
 
 def _parse(path, data, size):

@@ -1,39 +1,46 @@
 """Stage metadata: the fasa.* keys of docs/metadata.md, from a Calibration, and their encoding in GGUF."""
 
-import hashlib
+import contextlib
 import re
 import struct
 
+import numpy as np
+
 from . import __version__
+from .criteria import RECALL_BUDGETS, Quality
 from .errors import CalibrateError
 from .gguf_file import ARRAY, STRING
 
 PREFIX = "fasa."
 VERSION = 1
 INDEX_TYPES = ("f16", "q8", "q4")
-U32, I32 = 4, 5
+U32, I32, F32 = 4, 5, 6
 
+_SAMPLE, _N_SAMPLE = 256, 8  # bytes, samples of a tensor
 _QK_WEIGHT = re.compile(r"blk\.\d+\.attn_(q|k|qkv)(_norm)?\.(weight|bias)$")
 
 
-def fasa_keys(gguf, calibration, options, text_name, text_sha256, store_budget=None, index_type=None):
-    """[(name, kind, value), ...] in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32).
+def fasa_keys(gguf, fingerprint, calibration, options, text_name, text_sha256, budget, index_type=None):
+    """[(name, kind, value), ...] in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32 or F32).
 
-    store_budget, index_type: recommendations to store, None for none
+    fingerprint: of the model; budget, index_type: recommendations to store, None for none
     """
     layers = range(calibration.n_layer)
     fcs = [calibration.fcs.get(il, []) for il in layers]
     rules = options.rules
     keys = [
         ("version", U32, VERSION),
+        ("fingerprint", STRING, fingerprint),
         ("rope_type", STRING, calibration.rope),
         ("n_head_kv", ARRAY, [calibration.n_head_kv.get(il, _per_layer(gguf, "n_head_kv", il)) for il in layers]),
         ("n_rot", ARRAY, [calibration.n_rot.get(il) or _per_layer(gguf, "n_rot", il) for il in layers]),
         ("n_tip", ARRAY, [len(heads[0]) if heads else 0 for heads in fcs]),
         ("fc", ARRAY, [fc for heads in fcs for head in heads for fc in head]),
     ]
-    if store_budget is not None:
-        keys.append(("budget", U32, store_budget))
+    if calibration.centers:
+        keys.append(("center", ARRAY, np.concatenate([c for il in layers for c in calibration.centers.get(il, [])])))
+    if budget is not None:
+        keys.append(("budget", U32, budget))
     keys += [
         ("n_sink", U32, rules.n_sink),
         ("n_recent", U32, rules.n_recent),
@@ -51,9 +58,21 @@ def fasa_keys(gguf, calibration, options, text_name, text_sha256, store_budget=N
         ("calibration.budget", U32, rules.budget),
         ("calibration.n_sink", U32, rules.n_sink),
         ("calibration.n_recent", U32, rules.n_recent),
-        ("calibration.fingerprint", STRING, fingerprint(gguf)),
     ]
+    if calibration.quality:
+        none = Quality(1, -1.0, 1.0, np.full(len(RECALL_BUDGETS), -1.0))
+        layers = [calibration.quality.get(il, none) for il in layers]
+        keys += [
+            ("calibration.error", ARRAY, np.array([q.relative_error for q in layers])),
+            ("calibration.recall", ARRAY, np.concatenate([q.mean_recall for q in layers])),
+            ("calibration.recall_budget", ARRAY, RECALL_BUDGETS),
+        ]
     return [(PREFIX + name, kind, value) for name, kind, value in keys]
+
+
+def sidecar_of(path):
+    """Where the sidecar of a model is looked for."""
+    return re.sub(r"\.gguf$", "", path) + ".fasa.gguf"
 
 
 def _per_layer(gguf, what, layer):
@@ -75,26 +94,29 @@ def _per_layer(gguf, what, layer):
     return get("rope.dimension_count", head_size)
 
 
-def fingerprint(gguf):
-    """sha256 (hex) of the attention q and k weights and biases, ascending by name. Each contributes its name and a
-    zero byte, then little-endian u32 type, u32 number of dims, u64 dims (ne[0] first), then its bytes."""
-    digest = hashlib.sha256()
-    with open(gguf.path, "rb") as file:
-        for tensor in sorted(gguf.tensors, key=lambda t: t.name):
+def fingerprint(parts):
+    """Of a model, whose files are parts; the same as the loader's, see docs/metadata.md. 16 hex digits."""
+    weights = [(tensor.name.encode(), part, tensor) for part in parts for tensor in part.tensors]
+    data = bytearray()
+    with contextlib.ExitStack() as stack:
+        files = {id(part): stack.enter_context(open(part.path, "rb")) for part in parts}
+        for name, part, tensor in sorted(weights, key=lambda w: w[0]):
             if not _QK_WEIGHT.match(tensor.name):
                 continue
-            n_dims = len(tensor.shape)
-            digest.update(tensor.name.encode() + b"\0")
-            digest.update(struct.pack(f"<II{n_dims}Q", tensor.type, n_dims, *tensor.shape))
-            file.seek(tensor.offset)
-            left = tensor.n_bytes
-            while left:
-                block = file.read(min(left, 1 << 22))
-                if not block:
-                    raise CalibrateError("the GGUF file is truncated or damaged")
-                digest.update(block)
-                left -= len(block)
-    return digest.hexdigest()
+            shape = (*tensor.shape, *[1] * (4 - len(tensor.shape)))
+            data += name + b"\0" + struct.pack("<5Q", tensor.type, *shape)
+            n = min(tensor.n_bytes, _SAMPLE)
+            for i in range(_N_SAMPLE):
+                files[id(part)].seek(tensor.offset + (tensor.n_bytes - n) // (_N_SAMPLE - 1) * i)
+                data += files[id(part)].read(n)
+    return f"{_fnv1a(data):016x}"
+
+
+def _fnv1a(data):
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return value
 
 
 def encode_key(name, kind, value):
@@ -108,5 +130,7 @@ def encode_key(name, kind, value):
     if kind == STRING:
         return head + string(value)
     if kind == ARRAY:
-        return head + struct.pack(f"<IQ{len(value)}i", I32, len(value), *value)
+        value = np.asarray(value)
+        kind, dtype = (F32, "<f4") if value.dtype.kind == "f" else (I32, "<i4")
+        return head + struct.pack("<IQ", kind, len(value)) + value.astype(dtype).tobytes()
     return head + struct.pack("<I", value)

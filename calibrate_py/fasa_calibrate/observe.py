@@ -16,6 +16,8 @@ from .native import Tensors, c_function
 ROPE_NAMES = {0: "norm", 2: "neox"}  # LLAMA_ROPE_TYPE_*
 _K_CACHE = re.compile(rb"cache_k_l(\d+)$")
 _FLASH_ATTN_ENABLED = 1
+_FASA_OFF, _FASA_ON = 0, 2  # enum llama_fasa_mode
+_BATCH = 512  # tokens evaluated at once by log_probs
 _TYPE_F16 = 1
 
 
@@ -26,6 +28,7 @@ class Attention:
     layer: int
     q: np.ndarray  # F32 [Q, H, D] after RoPE
     k: np.ndarray  # F16 [G, N, D] as cached
+    v: np.ndarray  # F16 [G, N, DV] as cached
     sinks: np.ndarray  # F32 [H] or None
     scale: float
     softcap: float
@@ -35,16 +38,21 @@ class Attention:
 
 
 class Model:
-    """A GGUF loaded by llama.cpp for one dense pass over a text. A context manager."""
+    """A GGUF loaded by llama.cpp for passes over a text, dense unless a budget is asked for. A context manager.
 
-    def __init__(self, llama_cpp, path, n_gpu_layers=0, verbose=False):
+    sidecar: the file with its calibration; None leaves that to llama.cpp, and must be None if it has no FASA
+    """
+
+    def __init__(self, llama_cpp, path, n_gpu_layers=0, verbose=False, sidecar=None):
         self._lib = llama_cpp
         self._tensors = Tensors(llama_cpp)
         self._interrupt = None
         with contextlib.ExitStack() as undo:
             if not verbose:
                 undo.enter_context(_silence(llama_cpp))
-            undo.enter_context(_fasa_off(llama_cpp))
+            undo.enter_context(_fasa(llama_cpp, mode=_FASA_OFF))
+            if sidecar is not None:
+                undo.enter_context(_fasa_file(llama_cpp, sidecar))
             params = llama_cpp.llama_model_default_params()
             params.n_gpu_layers = n_gpu_layers
             # also where Ctrl-C is noticed while a large model loads
@@ -164,6 +172,48 @@ class Model:
         if status != 0:
             raise CalibrateError("llama.cpp failed to evaluate the calibration text")
 
+    def log_probs(self, tokens, positions, n_threads, budget=None):
+        """Log-probabilities of the token after each of the ascending positions, F32 [positions, vocabulary].
+
+        Dense, or with every batch served by FASA at this budget.
+        """
+        lib = self._lib
+        params = lib.llama_context_default_params()
+        params.n_batch = params.n_ubatch = params.n_outputs_max = _BATCH
+        params.n_ctx = -(-len(tokens) // 256) * 256
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads
+        params.flash_attn_type = _FLASH_ATTN_ENABLED
+        params.abort_callback = lib.ggml_abort_callback(lambda data: self._interrupt is not None)
+        fasa = {"mode": _FASA_OFF} if budget is None else {"mode": _FASA_ON, "budget": budget, "max_batch": _BATCH}
+        n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        rows, status = [], None
+        with self._native_call(), _fasa(lib, **fasa), contextlib.ExitStack() as undo:
+            context = lib.llama_init_from_model(self._model, params)
+            if context:
+                undo.callback(lib.llama_free, context)
+                batch = lib.llama_batch_init(_BATCH, 0, 1)
+                undo.callback(lib.llama_batch_free, batch)
+                status = 0
+            for start in range(0, len(tokens) if context else 0, _BATCH):
+                batch.n_tokens = min(_BATCH, len(tokens) - start)
+                wanted = np.isin(np.arange(start, start + batch.n_tokens), positions)
+                for i in range(batch.n_tokens):
+                    batch.token[i], batch.pos[i], batch.logits[i] = int(tokens[start + i]), start + i, int(wanted[i])
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                status = status or lib.llama_decode(context, batch)
+                if status != 0:
+                    break
+                for i in np.flatnonzero(wanted):
+                    logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, int(i)), (n_vocab,))
+                    top = logits.max()
+                    rows.append(logits - (top + np.log(np.exp(logits - top, dtype=np.float64).sum())).astype(np.float32))
+        if status is None:
+            raise CalibrateError("llama.cpp cannot run this model with FASA (--verbose shows its reason)")
+        if status != 0:
+            raise CalibrateError("llama.cpp failed to evaluate the calibration text")
+        return np.stack(rows)
+
     def _on_node(self, graph):
         def ask(address):
             nonlocal wanted
@@ -204,10 +254,10 @@ class _Graph:
     def take(self, address):
         node = self.tensors.at(address)
         ropes, self.ropes = self.ropes, []
-        q, k, mask, sinks = (node.src[i] for i in (0, 1, 3, 4))
-        if not (q and k and k.contents.view_src):
+        q, k, v, mask, sinks = (node.src[i] for i in range(5))
+        if not (q and k and v and k.contents.view_src):
             return
-        q, k = q.contents, k.contents
+        q, k, v = q.contents, k.contents, v.contents
         cache = k.view_src.contents
         match = _K_CACHE.match(cache.name)
         if match is None or int(match[1]) in self.seen:
@@ -217,7 +267,8 @@ class _Graph:
         head_size, n_head, n_head_kv = q.ne[0], q.ne[2], k.ne[2]
         as_q = q.ne[1] == self.n_tokens and q.ne[3] == 1
         as_k = k.ne[0] == head_size and k.ne[1] >= self.n_tokens and n_head_kv > 0 and n_head % n_head_kv == 0
-        if not (as_q and as_k):
+        as_v = v.ne[1] >= self.n_tokens and v.ne[2] == n_head_kv
+        if not (as_q and as_k and as_v):
             raise CalibrateError(f"attention of layer {layer} has a shape that calibration does not know")
         scale, bias, softcap = np.array(node.op_params[:3], np.int32).view(np.float32)
         if bias != 0:
@@ -230,7 +281,8 @@ class _Graph:
             Attention(
                 layer=layer,
                 q=np.stack([self._row(q, t, (n_head, head_size), (q.nb[2], q.nb[0])) for t in self.positions]),
-                k=self.tensors.read(k, 0, (n_head_kv, self.n_tokens, head_size), (k.nb[2], k.nb[1], k.nb[0])),
+                k=self._rows(k),
+                v=self._rows(v),
                 sinks=self.tensors.read(sinks.contents, 0, (n_head,), (4,)) if sinks else None,
                 scale=float(scale),
                 softcap=float(softcap),
@@ -239,6 +291,10 @@ class _Graph:
                 full=cache.ne[1] >= self.n_cells and self._sees_all(mask),
             )
         )
+
+    def _rows(self, cache):
+        shape = (cache.ne[2], self.n_tokens, cache.ne[0])
+        return self.tensors.read(cache, 0, shape, (cache.nb[2], cache.nb[1], cache.nb[0]))
 
     def _row(self, tensor, t, shape, strides):
         return self.tensors.read(tensor, t * tensor.nb[1], shape, strides)
@@ -268,7 +324,7 @@ def _silence(llama_cpp):
 
 
 class _FasaParams(ctypes.Structure):
-    """struct llama_fasa_params; mode 0 is off."""
+    """struct llama_fasa_params."""
 
     _fields_ = [
         (name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "variant")
@@ -276,8 +332,9 @@ class _FasaParams(ctypes.Structure):
 
 
 @contextlib.contextmanager
-def _fasa_off(llama_cpp):
-    """A calibrated model must be observed dense, whatever its metadata say; these settings too are per process."""
+def _fasa(llama_cpp, **settings):
+    """Contexts are made with these fields of _FasaParams, whatever a model's metadata say; then as before. These
+    settings too are per process."""
     try:
         get = c_function(llama_cpp, "llama_fasa_get_params", [], _FasaParams)
         put = c_function(llama_cpp, "llama_fasa_set_params", [ctypes.POINTER(_FasaParams)], ctypes.c_int32)
@@ -285,10 +342,25 @@ def _fasa_off(llama_cpp):
         yield
         return
     old = get()
-    off = _FasaParams.from_buffer_copy(old)
-    off.mode = 0
-    put(ctypes.byref(off))
+    new = _FasaParams.from_buffer_copy(old)
+    for name, value in settings.items():
+        setattr(new, name, value)
+    put(ctypes.byref(new))
     try:
         yield
     finally:
         put(ctypes.byref(old))
+
+
+@contextlib.contextmanager
+def _fasa_file(llama_cpp, path):
+    """Models are loaded with the calibration at path."""
+    try:
+        put = c_function(llama_cpp, "llama_fasa_set_file", [ctypes.c_char_p], None)
+    except AttributeError as err:
+        raise CalibrateError("this llama.cpp has no FASA, through which --target-kld measures") from err
+    put(os.fsencode(path))
+    try:
+        yield
+    finally:
+        put(None)

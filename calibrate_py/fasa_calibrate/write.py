@@ -15,7 +15,7 @@ except ImportError:  # not on Windows: stale temporary files then stay
     fcntl = None
 
 from .errors import CalibrateError
-from .gguf_file import MAGIC
+from .gguf_file import DEFAULT_ALIGNMENT, MAGIC, VERSIONS
 from .metadata import PREFIX, encode_key
 
 _BLOCK = 1 << 22
@@ -32,7 +32,7 @@ def write_keys(gguf, target, keys, progress=None):
     header = MAGIC + struct.pack("<IQQ", gguf.version, len(gguf.tensors), len(kept) + len(keys))
     n_head = len(header) + sum(key.end - key.start for key in kept) + len(added) + gguf.infos_end - gguf.infos_start
     padding = -n_head % gguf.alignment
-    try:
+    with _errors_of(target):
         _check_space(target, n_head + padding + gguf.size - gguf.data_start)
         with open(gguf.path, "rb") as source, _replacement(target, gguf.path) as out:
             out.write(header)
@@ -42,6 +42,20 @@ def write_keys(gguf, target, keys, progress=None):
             _copy(source, out, gguf.infos_start, gguf.infos_end)
             out.write(b"\0" * padding)
             _copy(source, out, gguf.data_start, gguf.size, progress)
+
+
+def write_sidecar(target, keys, like):
+    """Writes a GGUF file with these keys and no tensors, with the mode of the file like."""
+    target = os.path.realpath(target)
+    data = MAGIC + struct.pack("<IQQ", VERSIONS[-1], 0, len(keys)) + b"".join(encode_key(*key) for key in keys)
+    with _errors_of(target), _replacement(target, like) as out:
+        out.write(data + b"\0" * (-len(data) % DEFAULT_ALIGNMENT))
+
+
+@contextlib.contextmanager
+def _errors_of(target):
+    try:
+        yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CalibrateError(f"no space left to write '{target}', which is unchanged") from err

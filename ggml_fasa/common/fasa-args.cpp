@@ -72,6 +72,10 @@ static void set_variant(common_params &, const std::string & value) {
     apply(fasa);
 }
 
+static void set_file(common_params &, const std::string & path) {
+    llama_fasa_set_file(path.c_str());
+}
+
 static std::string index_type_name(int32_t type) {
     return ggml_fasa_index_type_name((ggml_fasa_index_type) type);
 }
@@ -118,6 +122,11 @@ std::vector<common_arg> fasa_args() {
         "where K and V are: 'c' where llama.cpp keeps them, 'm' in pinned host memory, of which a CUDA device reads the "
         "selected tokens only; 'auto' is c if that fits into the memory of the device, else m (default: auto)",
         set_variant).set_env("LLAMA_ARG_FASA_MODE"));
+    args.push_back(common_arg(
+        {"--fasa-file"}, "FNAME",
+        "take FASA's calibration from this file, which 'fasa-calibrate --sidecar' wrote for the model (default: the model "
+        "itself, or model.fasa.gguf beside model.gguf)",
+        set_file).set_env("LLAMA_ARG_FASA_FILE"));
     return args;
 }
 

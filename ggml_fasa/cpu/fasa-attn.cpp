@@ -388,10 +388,11 @@ size_t write_scratch(const ggml_tensor * op) {
 }
 
 void forward_index_write(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * k     = dst->src[GGML_FASA_WRITE_SRC_K];
-    const ggml_tensor * cells = dst->src[GGML_FASA_WRITE_SRC_CELLS];
-    const ggml_tensor * index = dst->src[GGML_FASA_WRITE_SRC_INDEX];
-    const ggml_tensor * dims  = dst->src[GGML_FASA_WRITE_SRC_DIMS];
+    const ggml_tensor * k      = dst->src[GGML_FASA_WRITE_SRC_K];
+    const ggml_tensor * cells  = dst->src[GGML_FASA_WRITE_SRC_CELLS];
+    const ggml_tensor * index  = dst->src[GGML_FASA_WRITE_SRC_INDEX];
+    const ggml_tensor * dims   = dst->src[GGML_FASA_WRITE_SRC_DIMS];
+    const ggml_tensor * center = dst->src[GGML_FASA_WRITE_SRC_CENTER];
 
     const int64_t n_dim   = dims->ne[0];
     const int64_t G       = dims->ne[1];
@@ -415,7 +416,7 @@ void forward_index_write(const ggml_compute_params * params, ggml_tensor * dst) 
 
         ggml_fasa_cpu_index_write(
                 (const char *) k->data + id*k->nb[1] + g*ggml_row_size(k->type, d), k->type, d, hadamard,
-                (const int32_t *) dims->data + g*n_dim, n_dim, cell, type,
+                (const int32_t *) dims->data + g*n_dim, center ? (const float *) center->data + g*n_dim : nullptr, n_dim, cell, type,
                 (char *) index->data + g*index->nb[2] + s*index->nb[3], scratch);
     }
 }

@@ -35,8 +35,8 @@ void hadamard(float * x, int64_t d, int64_t n) {
     }
 }
 
-// The values that the index keeps of a row, [n_dim]. scratch: [d].
-static void indexed_values(
+// The dims of a row that the index keeps, [n_dim]. scratch: [d].
+static void indexed_dims(
         const cache_rows & k, int64_t hadamard_size, const int32_t * dims, int64_t n_dim, float * scratch, float * values) {
     if (k.type == GGML_TYPE_F16 && !hadamard_size) {
         for (int64_t j = 0; j < n_dim; ++j) {
@@ -88,8 +88,8 @@ static void write_integers(const float * k, int64_t n_dim, ggml_fasa_index_type 
 } // namespace fasa
 
 void ggml_fasa_cpu_index_write(
-        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, int64_t n_dim, int64_t cell,
-        int index_type, void * index, float * scratch) {
+        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, const float * center, int64_t n_dim,
+        int64_t cell, int index_type, void * index, float * scratch) {
     using namespace fasa;
 
     const ggml_fasa_index_type type = (ggml_fasa_index_type) index_type;
@@ -97,7 +97,7 @@ void ggml_fasa_cpu_index_write(
     char * tile = (char *) index + cell/TILE*ggml_fasa_tile_size(type, n_dim);
     cell %= TILE;
 
-    if (type == GGML_FASA_INDEX_F16 && type_k == GGML_TYPE_F16 && !hadamard) {
+    if (type == GGML_FASA_INDEX_F16 && type_k == GGML_TYPE_F16 && !hadamard && !center) {
         for (int64_t j = 0; j < n_dim; ++j) {
             ((ggml_fp16_t *) tile)[j*TILE + cell] = ((const ggml_fp16_t *) k)[dims[j]];
         }
@@ -105,7 +105,10 @@ void ggml_fasa_cpu_index_write(
     }
 
     float * values = scratch + d;
-    indexed_values({ k, (ggml_type) type_k, 0, d }, hadamard, dims, n_dim, scratch, values);
+    indexed_dims({ k, (ggml_type) type_k, 0, d }, hadamard, dims, n_dim, scratch, values);
+    for (int64_t j = 0; center && j < n_dim; ++j) {
+        values[j] -= center[j];
+    }
     if (type == GGML_FASA_INDEX_F16) {
         for (int64_t j = 0; j < n_dim; ++j) {
             ((ggml_fp16_t *) tile)[j*TILE + cell] = ggml_fp32_to_fp16(values[j]);

@@ -11,6 +11,7 @@ struct index_write_args {
     const int64_t * cells;
     char          * index;
     const int32_t * dims;
+    const float   * center; // or NULL
     size_t    k_nb1;        // from cell to cell
     size_t    k_head;       // from head to head
     size_t    index_nb2;    // from head to head
@@ -60,12 +61,17 @@ __global__ void fasa_index_write(const index_write_args a) {
         fasa::unrotate_warp(x, a.d, a.hadamard, lane);
     }
 
+    const float * center = a.center ? a.center + g*a.n_dim : nullptr;
+    auto value = [&](int j) {
+        return center ? __fsub_rn(x[dims[j]], center[j]) : x[dims[j]];
+    };
+
     char * tile = a.index + s*a.index_nb3 + g*a.index_nb2 + (size_t) (cell/GGML_FASA_TILE)*a.tile_size;
     const int c = cell%GGML_FASA_TILE;
 
     if (a.index_type == GGML_FASA_INDEX_F16) {
         for (int j = lane; j < a.n_dim; j += WARP_SIZE) {
-            ((half *) tile)[j*GGML_FASA_TILE + c] = __float2half_rn(x[dims[j]]);
+            ((half *) tile)[j*GGML_FASA_TILE + c] = __float2half_rn(value(j));
         }
         return;
     }
@@ -74,7 +80,7 @@ __global__ void fasa_index_write(const index_write_args a) {
     float    top   = 0.0f;
     uint32_t first = 0xFFFFFFFFu;
     for (int j = lane; j < a.n_dim; j += WARP_SIZE) {
-        const float k = x[dims[j]];
+        const float k = value(j);
         if (fabsf(k) > fabsf(top)) {
             top   = k;
             first = j;
@@ -96,7 +102,7 @@ __global__ void fasa_index_write(const index_write_args a) {
     const float d      = __half2float(d16);
     const float inv    = d == 0.0f ? 0.0f : __fdiv_rn(1.0f, d);
     for (int j = lane; j < n_dim_pad; j += WARP_SIZE) {
-        const float q = j < a.n_dim ? rintf(__fmul_rn(x[dims[j]], inv)) : 0.0f;
+        const float q = j < a.n_dim ? rintf(__fmul_rn(value(j), inv)) : 0.0f;
         v[j] = j < a.n_dim ? (int) fmaxf(q4 ? -8.0f : -127.0f, fminf(q4 ? 7.0f : 127.0f, q)) + offset : 0;
     }
     __syncwarp();
@@ -120,16 +126,18 @@ __global__ void fasa_index_write(const index_write_args a) {
 } // namespace
 
 void ggml_cuda_fasa_index_write(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * k     = dst->src[GGML_FASA_WRITE_SRC_K];
-    const ggml_tensor * cells = dst->src[GGML_FASA_WRITE_SRC_CELLS];
-    const ggml_tensor * index = dst->src[GGML_FASA_WRITE_SRC_INDEX];
-    const ggml_tensor * dims  = dst->src[GGML_FASA_WRITE_SRC_DIMS];
+    const ggml_tensor * k      = dst->src[GGML_FASA_WRITE_SRC_K];
+    const ggml_tensor * cells  = dst->src[GGML_FASA_WRITE_SRC_CELLS];
+    const ggml_tensor * index  = dst->src[GGML_FASA_WRITE_SRC_INDEX];
+    const ggml_tensor * dims   = dst->src[GGML_FASA_WRITE_SRC_DIMS];
+    const ggml_tensor * center = dst->src[GGML_FASA_WRITE_SRC_CENTER];
 
     index_write_args a;
     a.k          = (const char *)    k->data;
     a.cells      = (const int64_t *) cells->data;
     a.index      = (char *)          index->data;
     a.dims       = (const int32_t *) dims->data;
+    a.center     = center ? (const float *) center->data : nullptr;
     a.k_nb1      = k->nb[1];
     a.index_nb2  = index->nb[2];
     a.index_nb3  = index->nb[3];

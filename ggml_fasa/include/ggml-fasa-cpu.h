@@ -16,11 +16,12 @@ extern "C" {
 //   k        : d values of type_k
 //   hadamard : see ggml_fasa_index_write
 //   dims     : [n_dim], each in [0, d)
+//   center   : [n_dim], subtracted from the values kept, or NULL
 //   index    : the head's plane, a row of tiles as in ggml-fasa.h
 //   scratch  : d + n_dim floats
 GGML_BACKEND_API void ggml_fasa_cpu_index_write(
-        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, int64_t n_dim, int64_t cell,
-        int index_type, void * index, float * scratch);
+        const void * k, int type_k, int64_t d, int32_t hadamard, const int32_t * dims, const float * center, int64_t n_dim,
+        int64_t cell, int index_type, void * index, float * scratch);
 
 // Floats of scratch that the stages below need; d is the larger of d_k and d_v.
 GGML_BACKEND_API size_t ggml_fasa_cpu_tip_scratch(int64_t n_group, int64_t n_dim, int64_t n_kv);

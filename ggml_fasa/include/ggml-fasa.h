@@ -62,6 +62,7 @@ enum ggml_fasa_index_write_src {
     GGML_FASA_WRITE_SRC_CELLS  = 1,
     GGML_FASA_WRITE_SRC_INDEX  = 2,
     GGML_FASA_WRITE_SRC_DIMS   = 3,
+    GGML_FASA_WRITE_SRC_CENTER = 4,
 };
 
 // The index cache of one layer: [tile size, n_cells / TILE, G, S], contiguous. A plane (g, s) is a row of tiles, and
@@ -107,6 +108,10 @@ GGML_API struct ggml_tensor * ggml_fasa_index_write(
         struct ggml_tensor      * dims,
         enum ggml_fasa_index_type index_type,
         int32_t                   hadamard);
+
+// Makes an index_write keep K minus center, F32 [J, G], in float: what all tokens have in common does not change the order
+// of scores, and integers resolve the rest better without it. Every write to an index must have the same center.
+GGML_API void ggml_fasa_index_write_set_center(struct ggml_tensor * write, struct ggml_tensor * center);
 
 // Stages tip -> select -> fac. Returns F32 [DV, H, T, S].
 //   q        : F32 [D, T, H, S]         after RoPE, and rotated like K if hadamard is not 0

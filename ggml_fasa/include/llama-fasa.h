@@ -79,11 +79,18 @@ LLAMA_API struct llama_fasa_params llama_fasa_default_params(void); // everythin
 LLAMA_API int32_t                  llama_fasa_set_params(const struct llama_fasa_params * params);
 LLAMA_API struct llama_fasa_params llama_fasa_get_params(void);
 
+// Where models loaded from now on in this process find their calibration: a GGUF file with fasa.* keys (a sidecar). NULL or
+// "": in the model itself, else in the file beside it that is called like it, model.fasa.gguf for model.gguf.
+LLAMA_API void                     llama_fasa_set_file(const char * path);
+
 // The enum ggml_fasa_index_type of a name ("f16", "q8", "q4"); -1 if it names none.
 LLAMA_API int32_t llama_fasa_index_type(const char * name);
 
 // Whether the model carries valid calibration: 1 yes, 0 none, -1 invalid (llama_fasa_last_error() says why).
 LLAMA_API int32_t llama_fasa_model_calibrated(const struct llama_model * model);
+
+// The budget that the model's calibration recommends; 0 if there is none, or no valid calibration.
+LLAMA_API int32_t llama_fasa_model_budget(const struct llama_model * model);
 
 LLAMA_API struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
 // Changes the budget of all steps from now on; 0 decodes dense until it is set again. Not while the context decodes.

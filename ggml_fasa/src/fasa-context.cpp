@@ -79,6 +79,10 @@ int32_t llama_fasa_model_calibrated(const llama_model * model) {
     return fasa_error.empty() ? 1 : -1;
 }
 
+int32_t llama_fasa_model_budget(const llama_model * model) {
+    return model->fasa && model->fasa->usable() ? std::max(model->fasa->budget, 0) : 0;
+}
+
 llama_fasa_info llama_fasa_get_info(const llama_context * ctx) {
     const llama_fasa_index_cache * fasa = ctx->get_cparams().fasa;
     return fasa ? fasa->info() : llama_fasa_info {};

@@ -76,7 +76,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
         const llama_fasa_layer meta = metadata.layer(cache.il);
 
-        layer l = { (int32_t) cache.il, meta.n_tip, mapped, cache.k, nullptr, nullptr };
+        layer l = { (int32_t) cache.il, meta.n_tip, mapped, cache.k, nullptr, nullptr, nullptr };
         layer_of_k[l.k] = layers.size();
         if (l.n_tip == 0) {
             layers.push_back(l);
@@ -87,7 +87,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
                                          : ggml_backend_buffer_get_type(cache.k->buffer)];
         if (!ctx.index) {
             ctx.index = new_ctx(kv.layers.size());
-            ctx.dims  = new_ctx(kv.layers.size());
+            ctx.dims  = new_ctx(2*kv.layers.size()); // and centers
         }
 
         l.index = ggml_fasa_new_index(ctx.index.get(), config.index_type,
@@ -95,6 +95,10 @@ llama_fasa_index_cache::llama_fasa_index_cache(
         l.dims  = ggml_new_tensor_2d(ctx.dims.get(), GGML_TYPE_I32, 2*meta.n_tip, meta.n_head_kv);
         ggml_format_name(l.index, "fasa_index_cache_l%d", l.il);
         ggml_format_name(l.dims,  "fasa_dims_l%d",        l.il);
+        if (!meta.center.empty()) {
+            l.center = ggml_new_tensor_2d(ctx.dims.get(), GGML_TYPE_F32, 2*meta.n_tip, meta.n_head_kv);
+            ggml_format_name(l.center, "fasa_center_l%d", l.il);
+        }
 
         index_bytes += ggml_nbytes(l.index);
         layers.push_back(l);
@@ -131,6 +135,9 @@ llama_fasa_index_cache::llama_fasa_index_cache(
             }
             const std::vector<int32_t> dims = metadata.dims(l.il);
             ggml_backend_tensor_set(l.dims, dims.data(), 0, ggml_nbytes(l.dims));
+            if (l.center) {
+                ggml_backend_tensor_set(l.center, metadata.layers[l.il].center.data(), 0, ggml_nbytes(l.center));
+            }
         }
     }
 }
@@ -146,7 +153,11 @@ const llama_fasa_index_cache::layer * llama_fasa_index_cache::find(const ggml_te
 
 ggml_tensor * llama_fasa_index_cache::index_write(
         ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const {
-    return ggml_fasa_index_write(ctx, k, cells, l.index, l.dims, config.index_type, hadamard);
+    ggml_tensor * cur = ggml_fasa_index_write(ctx, k, cells, l.index, l.dims, config.index_type, hadamard);
+    if (l.center) {
+        ggml_fasa_index_write_set_center(cur, l.center);
+    }
+    return cur;
 }
 
 ggml_tensor * llama_fasa_index_cache::build_write(

@@ -58,6 +58,7 @@ struct llama_fasa_index_cache {
         ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
+        ggml_tensor * center; // F32, like dims; NULL if the calibration has none
     };
 
     // Adds the index write that belongs to a write of K rows. k_set: the SET_ROWS node of cache tensor k.

@@ -3,14 +3,24 @@
 #include "llama-fasa.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-model-loader.h"
 
 #include "gguf.h"
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 namespace {
 
 constexpr uint32_t FASA_METADATA_VERSION = 1;
+constexpr size_t   FINGERPRINT_SAMPLE    = 256; // bytes
+constexpr size_t   FINGERPRINT_N_SAMPLE  = 8;   // of a tensor
+constexpr float    CENTER_MAX            = 65504.0f; // of F16, in which K is cached
 
 // A rule of docs/metadata.md that the file breaks.
 struct bad_metadata : std::runtime_error {
@@ -34,19 +44,28 @@ public:
     }
 
     std::vector<int32_t> i32_array(const char * key, size_t n_expected) const {
-        const int64_t id = find(key, GGUF_TYPE_ARRAY, "an i32 array");
-        if (gguf_get_arr_type(gguf, id) != GGUF_TYPE_INT32) {
-            throw bad_metadata(format("%s is not an i32 array", key));
+        return array<int32_t>(key, n_expected, GGUF_TYPE_INT32, "an i32 array");
+    }
+
+    std::vector<float> f32_array(const char * key, size_t n_expected) const {
+        return array<float>(key, n_expected, GGUF_TYPE_FLOAT32, "an f32 array");
+    }
+
+private:
+    template <typename T>
+    std::vector<T> array(const char * key, size_t n_expected, gguf_type type, const char * type_name) const {
+        const int64_t id = find(key, GGUF_TYPE_ARRAY, type_name);
+        if (gguf_get_arr_type(gguf, id) != type) {
+            throw bad_metadata(format("%s is not %s", key, type_name));
         }
         const size_t n = gguf_get_arr_n(gguf, id);
         if (n != n_expected) {
             throw bad_metadata(format("%s has %zu values instead of %zu", key, n, n_expected));
         }
-        const int32_t * data = (const int32_t *) gguf_get_arr_data(gguf, id);
-        return std::vector<int32_t>(data, data + n);
+        const T * data = (const T *) gguf_get_arr_data(gguf, id);
+        return std::vector<T>(data, data + n);
     }
 
-private:
     int64_t find(const char * key, gguf_type type, const char * type_name) const {
         const int64_t id = gguf_find_key(gguf, key);
         if (id < 0) {
@@ -102,6 +121,27 @@ void load_fc(const reader & in, llama_fasa_metadata & md) {
     }
 }
 
+void load_center(const reader & in, llama_fasa_metadata & md) {
+    size_t n = 0;
+    for (const llama_fasa_layer & layer : md.layers) {
+        n += 2*layer.fc.size();
+    }
+
+    const std::vector<float> center = in.f32_array("fasa.center", n);
+
+    auto at = center.begin();
+    for (size_t il = 0; il < md.layers.size(); ++il) {
+        llama_fasa_layer & layer = md.layers[il];
+        layer.center.assign(at, at + 2*layer.fc.size());
+        at += 2*layer.fc.size();
+        for (float x : layer.center) {
+            if (!(std::fabs(x) <= CENTER_MAX)) {
+                throw bad_metadata(format("fasa.center is %g in layer %zu, outside [-%g, %g]", x, il, CENTER_MAX, CENTER_MAX));
+            }
+        }
+    }
+}
+
 // A per-layer fact of the file that must equal the model's.
 void check_same(const char * key, size_t il, int32_t file, int32_t model) {
     if (file != model) {
@@ -150,6 +190,9 @@ void load(const reader & in, const llama_hparams & hparams, llama_fasa_metadata 
     }
 
     load_fc(in, md);
+    if (in.has("fasa.center")) {
+        load_center(in, md);
+    }
 
     if (in.has("fasa.budget")) {
         const uint32_t budget = in.u32("fasa.budget");
@@ -175,22 +218,135 @@ void load(const reader & in, const llama_hparams & hparams, llama_fasa_metadata 
     }
 }
 
+// blk.N.attn_ followed by q, k or qkv, then _norm or not, then .weight or .bias
+bool is_qk_weight(const std::string & name) {
+    int il = -1;
+    int n  = 0;
+    if (sscanf(name.c_str(), "blk.%d.attn_%n", &il, &n) != 1 || n == 0) {
+        return false;
+    }
+    const std::string rest = name.substr(n);
+    for (const char * which : { "q", "k", "qkv", "q_norm", "k_norm", "qkv_norm" }) {
+        if (rest == std::string(which) + ".weight" || rest == std::string(which) + ".bias") {
+            return true;
+        }
+    }
+    return false;
+}
+
+class fnv1a {
+public:
+    void add(const void * data, size_t n) {
+        for (size_t i = 0; i < n; ++i) {
+            hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3;
+        }
+    }
+
+    void add(uint64_t x) {
+        uint8_t bytes[8]; // little-endian
+        for (int i = 0; i < 8; ++i) {
+            bytes[i] = x >> 8*i;
+        }
+        add(bytes, sizeof(bytes));
+    }
+
+    std::string hex() const {
+        return format("%016llx", (unsigned long long) hash);
+    }
+
+private:
+    uint64_t hash = 0xcbf29ce484222325;
+};
+
+// The fingerprint of docs/metadata.md.
+std::string fingerprint(llama_model_loader & ml) {
+    std::map<std::string, const llama_model_loader::llama_tensor_weight *> weights; // ordered by byte, as ml's are not
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (is_qk_weight(name)) {
+            weights[name] = &weight;
+        }
+    }
+
+    fnv1a hash;
+    for (const auto & [name, weight] : weights) {
+        hash.add(name.c_str(), name.size() + 1);
+        hash.add(weight->tensor->type);
+        for (int64_t n : weight->tensor->ne) {
+            hash.add(n);
+        }
+        const size_t size = ggml_nbytes(weight->tensor);
+        uint8_t sample[FINGERPRINT_SAMPLE];
+        const size_t n = std::min(size, sizeof(sample));
+        for (size_t i = 0; i < FINGERPRINT_N_SAMPLE; ++i) {
+            llama_file & file = *ml.files.at(weight->idx);
+            file.seek(weight->offs + (size - n)/(FINGERPRINT_N_SAMPLE - 1)*i, SEEK_SET);
+            file.read_raw(sample, n);
+            hash.add(sample, n);
+        }
+    }
+    return hash.hex();
+}
+
+// model.gguf -> model.fasa.gguf
+std::string sidecar_beside(const std::string & model) {
+    const std::string ext = ".gguf";
+    const bool has_ext = model.size() > ext.size() && model.compare(model.size() - ext.size(), ext.size(), ext) == 0;
+    const std::string path = model.substr(0, model.size() - (has_ext ? ext.size() : 0)) + ".fasa" + ext;
+    return !model.empty() && std::ifstream(path).good() ? path : "";
+}
+
+void load_sidecar(const std::string & path, llama_model_loader & ml, const llama_hparams & hparams, llama_fasa_metadata & md) {
+    md.present = true; // whatever is wrong with it, it was meant to be used
+
+    const gguf_context_ptr gguf(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    if (!gguf) {
+        throw bad_metadata(format("'%s' cannot be read as a GGUF file", path.c_str()));
+    }
+    const reader in(gguf.get());
+    if (!in.has("fasa.version")) {
+        throw bad_metadata(format("'%s' carries no calibration", path.c_str()));
+    }
+    if (in.str("fasa.fingerprint") != fingerprint(ml)) {
+        throw bad_metadata(format("'%s' was made for other weights: calibrate again", path.c_str()));
+    }
+    load(in, hparams, md);
+    LLAMA_LOG_INFO("fasa: calibration from '%s'\n", path.c_str());
+}
+
+std::mutex  file_mutex;
+std::string file_given;
+
 } // namespace
 
-std::shared_ptr<const llama_fasa_metadata> llama_fasa_load(const gguf_context * gguf, const llama_hparams & hparams) {
+void llama_fasa_set_file(const char * path) {
+    std::lock_guard<std::mutex> lock(file_mutex);
+    file_given = path ? path : "";
+}
+
+std::shared_ptr<const llama_fasa_metadata> llama_fasa_load(llama_model_loader & ml, const llama_hparams & hparams) {
     auto md = std::make_shared<llama_fasa_metadata>();
-    if (!gguf) {
+    if (!ml.metadata) {
         return md;
     }
 
-    const reader in(gguf);
-    md->present = in.has("fasa.version");
-    if (md->present) {
-        try {
-            load(in, hparams, *md);
-        } catch (const bad_metadata & e) {
-            md->error = std::string("FASA metadata: ") + e.what();
+    std::string sidecar;
+    {
+        std::lock_guard<std::mutex> lock(file_mutex);
+        sidecar = file_given;
+    }
+    const reader in(ml.metadata);
+    try {
+        if (sidecar.empty() && !in.has("fasa.version")) {
+            sidecar = sidecar_beside(ml.fasa_model_path);
         }
+        if (!sidecar.empty()) {
+            load_sidecar(sidecar, ml, hparams, *md);
+        } else if (in.has("fasa.version")) {
+            md->present = true;
+            load(in, hparams, *md);
+        }
+    } catch (const std::exception & e) { // also of reading weights
+        md->error = std::string("FASA metadata: ") + e.what();
     }
     return md;
 }

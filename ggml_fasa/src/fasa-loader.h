@@ -6,8 +6,9 @@
 
 #include <memory>
 
-struct gguf_context;
 struct llama_hparams;
+struct llama_model_loader;
 
 // Never throws and never fails the model: what is wrong is said in error, and reported when a context wants FASA.
-std::shared_ptr<const llama_fasa_metadata> llama_fasa_load(const gguf_context * gguf, const llama_hparams & hparams);
+// Reads the file of llama_fasa_set_file, else the model's own keys, else the sidecar beside the model.
+std::shared_ptr<const llama_fasa_metadata> llama_fasa_load(llama_model_loader & ml, const llama_hparams & hparams);

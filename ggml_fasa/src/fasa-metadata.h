@@ -19,6 +19,10 @@ struct llama_fasa_layer {
     int32_t n_rot     = 0;
 
     std::vector<int32_t> fc; // [n_head_kv][n_tip], ids in [0, n_rot/2), ascending within a head
+
+    // what tokens have in common in the dims of the FCs, [n_head_kv][2*n_tip] in the order of llama_fasa_metadata::dims;
+    // empty if the file does not say
+    std::vector<float> center;
 };
 
 struct llama_fasa_metadata {

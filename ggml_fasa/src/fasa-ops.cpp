@@ -91,6 +91,13 @@ ggml_tensor * ggml_fasa_index_write(
     return result;
 }
 
+void ggml_fasa_index_write_set_center(ggml_tensor * write, ggml_tensor * center) {
+    GGML_ASSERT(center->type == GGML_TYPE_F32 && ggml_is_contiguous(center));
+    GGML_ASSERT(ggml_are_same_shape(center, write->src[GGML_FASA_WRITE_SRC_DIMS]));
+
+    write->src[GGML_FASA_WRITE_SRC_CENTER] = center;
+}
+
 // What attn and dense have in common.
 static ggml_tensor * fasa_attn_impl(
         ggml_context * ctx,

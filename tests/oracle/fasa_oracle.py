@@ -58,10 +58,11 @@ def integers(k, index_type):
     return d, np.clip(x, low, high).astype(np.int64)
 
 
-def index_cache(k, cells, index, dims, index_type="f16", hadamard=0):
+def index_cache(k, cells, index, dims, index_type="f16", hadamard=0, center=None):
     """Stage index_cache: the index with dims of the given K rows put in.
 
-    k: [S, n_cells, G, D] values; cells: [n] global ids, stream * n_cells + cell; index: see new_index; dims: [G, J].
+    k: [S, n_cells, G, D] values; cells: [n] global ids, stream * n_cells + cell; index: see new_index; dims: [G, J];
+    center: [G, J], subtracted in float32, or None.
     """
     index = index.copy()
     n_cells = k.shape[1]
@@ -69,6 +70,8 @@ def index_cache(k, cells, index, dims, index_type="f16", hadamard=0):
         s, c = divmod(int(cell), n_cells)
         for g, head_dims in enumerate(dims):
             values = unrotate(k[s, c, g], hadamard)[head_dims]
+            if center is not None:
+                values = values.astype(np.float32) - center[g].astype(np.float32)
             if index_type == "f16":
                 index[s, g, c // TILE, :, c % TILE] = values
                 continue
