@@ -269,7 +269,7 @@ static __device__ void fac_merge(const attn_args & a, const unit & u, const floa
 template <int NH, int LANES, bool F16>
 __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
     extern __shared__ float4 shared4[];
-    __shared__ __align__(16) select_shared sh;
+    __shared__ select_shared sh;
     __shared__ uint64_t done;
 
     float * shared = (float *) shared4;

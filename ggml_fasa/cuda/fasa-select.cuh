@@ -110,11 +110,11 @@ constexpr int FAC_THREAD = 512;
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
 // Small words of shared memory.
-struct select_shared {
+struct alignas(16) select_shared {
+    uint32_t hist[1024]; // read in fours
+    uint64_t cand[FAC_THREAD];
     uint32_t warps[FAC_WARP];
     int      result[2];
-    uint32_t hist[1024];
-    uint64_t cand[FAC_THREAD];
 };
 
 // Sum of x over the threads before this one in the block; total over all.

@@ -17,10 +17,10 @@ constexpr float LOG2E = 1.44269504f;
 constexpr uint32_t KEY_HIDDEN = 0;
 constexpr uint32_t KEY_FORCED = 0x7F800001;
 
-// Bins of the histogram: 64 for each power of two from 2^-27 on, where scores crowd (they are at most n_group), one for all
-// that is smaller, and one for the forced cells.
-constexpr int      BIN_SHIFT  = 17;
-constexpr uint32_t BIN_FIRST  = (127 - 27) << (23 - BIN_SHIFT);
+// Bins of the histogram: 16 for each power of two from 2^-122 on (scores are at most n_group), one for all that is smaller, and
+// one for the forced cells. Finer bins for fewer powers would leave sharp heads with all but a few cells in the first bin.
+constexpr int      BIN_SHIFT  = 19;
+constexpr uint32_t BIN_FIRST  = (127 - 122) << (23 - BIN_SHIFT);
 constexpr int      BIN_FORCED = N_BIN - 1;
 
 static __device__ __forceinline__ int bin_of(uint32_t key) {

@@ -10,7 +10,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
-#include <stdexcept>
+#include <algorithm>
 
 // What variant C leaves free on a device for everything else: compute buffers, and the margin of llama.cpp's own fitting.
 static constexpr uint64_t RESERVE = 1ull << 30;
@@ -59,10 +59,7 @@ ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, c
 
     ggml_backend_dev_t         dev    = model.dev_layer(il);
     ggml_backend_buffer_type_t mapped = ggml_fasa_mapped_buffer_type(dev);
-    if (params.variant == LLAMA_FASA_VARIANT_M) {
-        if (!mapped) {
-            throw std::runtime_error(format("FASA: mode m needs a CUDA device, and layer %u is on %s", il, ggml_backend_dev_name(dev)));
-        }
+    if (mapped && params.variant == LLAMA_FASA_VARIANT_M) {
         return mapped;
     }
     if (!mapped || bytes_on_device(model, dev, type_k, type_v, n_cells) + RESERVE <= free_on_device(model, dev)) {
