@@ -279,6 +279,36 @@ def test_settings_are_each_context_own(calibrated: Path) -> None:
     assert (first.fasa_info().budget, second.fasa_info().budget) == (64, 128)
 
 
+def test_budget_at_run_time(calibrated: Path) -> None:
+    """Each budget says what a Llama made with it says, and 0 what a dense one does; the setting survives pickling."""
+    llm = load(calibrated, fasa=True, fasa_budget=64)
+    expected = {64: greedy(llm), 0: greedy(load(calibrated, fasa=False, flash_attn=True))}
+    expected[128] = greedy(load(calibrated, fasa=True, fasa_budget=128))
+    for budget in (0, 128, 64, 0, 64):
+        llm.fasa_budget = budget
+        llm.fasa_reset_stats()
+        assert llm.fasa_budget == llm.fasa_info().budget == budget
+        assert greedy(llm) == expected[budget]
+        assert (llm.fasa_stats().n_step_sparse > 0) == (budget > 0)
+    llm.fasa_budget = 100
+    assert pickle.loads(pickle.dumps(llm)).fasa_budget == 100
+
+
+@pytest.mark.parametrize("budget", [-1, 36, 2**24 + 1, 64.0, None, True])
+def test_bad_budget_at_run_time(calibrated: Path, budget: object) -> None:
+    llm = load(calibrated, fasa=True, fasa_budget=64)  # forces 4 + 32 tokens
+    with pytest.raises(fasa.FasaConfigError, match="budget"):
+        llm.fasa_budget = budget  # type: ignore[assignment]
+    assert llm.fasa_budget == 64
+
+
+def test_budget_without_fasa(calibrated: Path) -> None:
+    llm = load(calibrated, fasa=False)
+    llm.fasa_budget = 0
+    with pytest.raises(fasa.FasaConfigError, match="runs without"):
+        llm.fasa_budget = 64
+
+
 def test_drop_in(calibrated: Path) -> None:
     llm = load(calibrated, fasa=True, fasa_budget=64, n_ctx=1024, logits_all=True)
     completion = llm.create_completion(PROMPT[:90], max_tokens=4, logprobs=2, temperature=0.0)

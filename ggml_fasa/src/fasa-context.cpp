@@ -287,7 +287,21 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     const bool must = params.mode == LLAMA_FASA_MODE_ON;
 
     const llama_fasa_metadata * md = model.fasa.get();
-    if (!md || !md->present) {
+    const bool present = md && md->present;
+
+    const char * refusal = llama_fasa_arch_refusal(model.arch);
+    if (!refusal || *refusal) {
+        const std::string reason = format("the architecture %s cannot run it: %s", llm_arch_name(model.arch),
+                refusal ? refusal : "it is new to this version");
+        if (must) {
+            throw std::runtime_error("FASA: " + reason);
+        }
+        if (params.budget > 0 || present) {
+            LLAMA_LOG_WARN("fasa: %s: decoding dense\n", reason.c_str());
+        }
+        return nullptr;
+    }
+    if (!present) {
         if (must) {
             throw std::runtime_error("FASA: the model is not calibrated, run fasa-calibrate on it first");
         }

@@ -207,7 +207,7 @@ class Life:
             self.decode({self.seq(): self.text(1)})
 
     def device(self, seq):
-        """LLAMA_STATE_SEQ_FLAGS for a state of seq on the device: llama.cpp can restore cells only side by side there."""
+        """LLAMA_STATE_SEQ_FLAGS for a state of seq on the device, where llama.cpp needs cells side by side."""
         return ON_DEVICE if not self.unified and self.seqs[seq].pure and self.rng.integers(2) else 0
 
     def op_state(self):
@@ -295,7 +295,7 @@ class Life:
                 self.check("read anew", actual, self.probe(fresh, seq, text))
 
     def probe(self, ctx, seq, text):
-        """Logits of sparse steps, each with a token of its own at the same place; in a row where nothing can be undone."""
+        """Logits of sparse steps, each token at the same place; one after the other if nothing can be undone."""
         logits, before = [], ctx.stats().n_step_sparse
         for token in text:
             logits.append(ctx.decode([token], seq=seq))

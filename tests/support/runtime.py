@@ -72,6 +72,7 @@ class Model:
 
     def __init__(self, path):
         api = llama()
+        self.path = path
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
         self.handle = api.llama_model_load_from_file(str(path).encode(), params)
