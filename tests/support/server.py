@@ -18,7 +18,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [program, "-m", model, "--port", self.port, "-fa", "on", "-fit", "off", "--no-webui", "-t", 1, *args]
+        command = [program, "-m", model, "--port", self.port, "-fa", "on", "-fit", "off", "--no-warmup", "-t", 1, *args]
         env = {**os.environ, "LLAMA_FASA_VERIFY": "1", "GGML_NO_BACKTRACE": "1"}
         self.log = log
         with open(log, "w") as out:
@@ -35,8 +35,8 @@ class Server:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.said()
-            with contextlib.suppress(OSError, urllib.error.HTTPError):
-                if self.get("/health")["status"] == "ok":
+            with contextlib.suppress(OSError):  # it does not listen yet
+                if self.request("/health")[0] == 200:
                     return
             time.sleep(0.1)
         raise TimeoutError(self.said())
