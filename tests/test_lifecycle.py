@@ -287,7 +287,8 @@ quiet = api.llama_log_callback(lambda level, text, data: None)
 api.llama_log_set(quiet, ctypes.c_void_p(0))
 if job["fasa"]:
     from support.runtime import ON, fasa_params
-    fasa_params(ON, *job["fasa"]).__enter__()
+    in_force = fasa_params(ON, *job["fasa"])
+    in_force.__enter__()
 params = api.llama_model_default_params()
 params.n_gpu_layers = 0
 model = api.llama_model_load_from_file(job["model"].encode(), params)
@@ -297,12 +298,12 @@ params.n_threads = params.n_threads_batch = params.flash_attn_type = 1
 params.type_k = job["type_k"]
 ctx = api.llama_init_from_model(model, params)
 n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-path, n_read = job["state"].encode(), ctypes.c_size_t()
-kept = (ctypes.c_int32 * 2048)()
+whole, sequence = ((job["state"] + end).encode() for end in (".context", ".sequence"))
+kept, n_read = (ctypes.c_int32 * 1)(), ctypes.c_size_t()
 if job["load"] == "context":
-    assert api.llama_state_load_file(ctx, path, kept, 2048, n_read)
+    assert api.llama_state_load_file(ctx, whole, kept, 1, n_read)
 elif job["load"] == "sequence":
-    assert api.llama_state_seq_load_file(ctx, path, 0, kept, 2048, n_read)
+    assert api.llama_state_seq_load_file(ctx, sequence, 0, kept, 1, n_read)
 step, said = job["tokens"], []
 for _ in range(job["n"]):
     step = (ctypes.c_int32 * len(step))(*step)  # the batch only points to it
@@ -310,19 +311,18 @@ for _ in range(job["n"]):
     logits = api.llama_get_logits_ith(ctx, -1)[:n_vocab]
     said.append(max(range(n_vocab), key=logits.__getitem__))
     step = said[-1:]
-if job["save"] == "context":
-    assert api.llama_state_save_file(ctx, path, kept, 1)
-elif job["save"] == "sequence":
-    assert api.llama_state_seq_save_file(ctx, path, 0, kept, 1)
+if job["save"]:
+    assert api.llama_state_save_file(ctx, whole, kept, 1)
+    assert api.llama_state_seq_save_file(ctx, sequence, 0, kept, 1)
 print(json.dumps(said))
 """
 
 
 @pytest.fixture
 def process(model, tmp_path):
-    """A function that decodes greedily in a process of its own, which may load a state first and save one at the end."""
+    """A function that decodes greedily in a process of its own, which may load a state first and save it at the end."""
 
-    def run(tokens, n, type_k, load="", save="", fasa=True, lib_dir=None):
+    def run(tokens, n, type_k, load="", save=False, fasa=True, lib_dir=None):
         job = dict(model=str(model.path), state=str(tmp_path / "state"), tokens=tokens, n=n, type_k=type_k, load=load)
         job |= dict(save=save, fasa=[BUDGET, N_SINK, N_RECENT] if fasa else None)
         stock = Path(llama().__file__).parent.parent
@@ -337,33 +337,32 @@ def process(model, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("what", ["context", "sequence"])
 @pytest.mark.parametrize("type_k", ["f16", "q8_0"])
-def test_save_restart_continue(process, text, type_k, what):
+def test_save_restart_continue(process, text, type_k):
     """Saved, and gone on with in another process: the same tokens as without the break."""
     prompt, n, type_k = text(420), 24, TYPES[type_k]
     unbroken = process(prompt, 2 * n, type_k)
-    first = process(prompt, n, type_k, save=what)
-    second = process(first[-1:], n, type_k, load=what)
-    assert first + second == unbroken
+    first = process(prompt, n, type_k, save=True)
+    for what in ("context", "sequence"):
+        assert first + process(first[-1:], n, type_k, load=what) == unbroken
     assert process(prompt, 2 * n, type_k, fasa=False) != unbroken
 
 
 @pytest.mark.parametrize("type_k", ["f16", "q8_0"])
 def test_state_files_and_unpatched_llama_cpp(process, text, type_k):
-    """A state that FASA saved goes on in unpatched llama.cpp, and the other way round, as if saved there with FASA off."""
+    """A state that FASA saved goes on in unpatched llama.cpp as here with FASA off, and the other way round."""
     unpatched = os.environ.get("FASA_UNPATCHED_LIB_DIR")
     if not unpatched:
         pytest.skip("FASA_UNPATCHED_LIB_DIR names no folder of unpatched llama.cpp libraries")
-    prompt, n, type_k = text(420), 24, TYPES[type_k]
+    prompt, n, type_k, ways = text(420), 24, TYPES[type_k], ("context", "sequence")
     stock = dict(fasa=False, lib_dir=unpatched)
-    for what in ("context", "sequence"):
-        last = process(prompt, n, type_k, save=what)[-1:]
+    last = process(prompt, n, type_k, save=True)[-1:]
+    for what in ways:
         assert process(last, n, type_k, load=what, **stock) == process(last, n, type_k, load=what, fasa=False)
-        last = process(prompt, n, type_k, save=what, **stock)[-1:]
-        here = process(last, n, type_k, load=what)
-        assert process(prompt, n, type_k, save=what, fasa=False)[-1:] == last
-        assert process(last, n, type_k, load=what) == here
+    last = process(prompt, n, type_k, save=True, **stock)[-1:]
+    here = [process(last, n, type_k, load=what) for what in ways]
+    assert process(prompt, n, type_k, save=True, fasa=False)[-1:] == last
+    assert [process(last, n, type_k, load=what) for what in ways] == here
 
 
 def test_context_shift(fasa, text):

@@ -82,6 +82,16 @@ class Life:
                 n_ctx=N_SEQ * N_CTX, n_ubatch=256, n_seq=N_SEQ, unified=self.unified, **self.kwargs
             )
 
+    def close(self):
+        stats = self.ctx.stats()
+        self.done += Counter({"steps sparse": stats.n_step_sparse, "steps mixed": stats.n_step_mixed})
+        self.done += Counter({"rebuilt": stats.n_index_rebuild})
+        self.ctx.close()
+
+    def restart(self):
+        self.close()
+        self.ctx = self.context()
+
     # --- operations; each leaves a context that llama.cpp allows ---
 
     def text(self, n):
@@ -113,8 +123,7 @@ class Life:
         self.pending = False
         return logits
 
-    def op_prompt(self):
-        low, high = [(20, 120), (280, 400)][int(self.rng.integers(2))]
+    def op_prompt(self, low=20, high=350):
         self.decode({self.seq(used=False): self.text(int(self.rng.integers(low, high)))})
 
     def op_token(self):
@@ -215,16 +224,14 @@ class Life:
         self.settle()
         state = self.ctx.save()
         if self.rng.integers(2):
-            self.ctx.close()
-            self.ctx = self.context()
+            self.restart()
         self.ctx.load(state)
 
     def op_state_file(self):
         self.settle()
         path, kept, n = str(Path(self.folder) / "state").encode(), (ctypes.c_int32 * 1)(1), ctypes.c_size_t()
         assert llama().llama_state_save_file(self.ctx.handle, path, kept, 1)
-        self.ctx.close()
-        self.ctx = self.context()
+        self.restart()
         assert llama().llama_state_load_file(self.ctx.handle, path, kept, 1, n)
 
     def op_seq_state(self):
@@ -311,17 +318,14 @@ class Life:
 
     def run(self):
         names = [name for name in dir(self) if name.startswith("op_")] + ["op_prompt"] * 3 + ["op_token"] * 2
-        self.op_prompt()
+        self.op_prompt(280, 400)
         for _ in range(int(self.rng.integers(5, 14))):
             name = str(self.rng.choice(names))
             print(" ", name[3:], flush=True)
             getattr(self, name)()
             self.done[name[3:]] += 1
         self.compare()
-        stats = self.ctx.stats()
-        self.done += Counter({"steps sparse": stats.n_step_sparse, "steps mixed": stats.n_step_mixed})
-        self.done += Counter({"rebuilt": stats.n_index_rebuild})
-        self.ctx.close()
+        self.close()
         return self.done
 
 
