@@ -35,7 +35,8 @@ def server(bin_dir, model, tmp_path):
 
     def start(*args, n_slot=None, n_ctx=4096):
         sizes = ["-c", n_ctx, "-b", 256, "--metrics", *(["-np", n_slot] if n_slot else [])]
-        return Server(bin_dir / "llama-server", model, *sizes, *args, log=tmp_path / f"log{len(list(tmp_path.iterdir()))}")
+        log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
+        return Server(bin_dir / "llama-server", model, *sizes, *args, log=log)
 
     return start
 
@@ -120,9 +121,9 @@ def test_reports(server, text):
 
 @pytest.mark.parametrize("max_batch", [8, 2])
 def test_drafts(server, model, text, max_batch):
-    """Batches that verify drafts are sparse up to --fasa-max-batch; the draft model is the model itself."""
+    """Batches that verify drafts are sparse up to --fasa-max-batch. The draft model, the same weights, is not calibrated."""
     prompt, n = text(400), 40
-    draft = ["--spec-type", "draft-simple", "-md", model, "--spec-draft-n-max", 4]
+    draft = ["--spec-type", "draft-simple", "-md", model.parent / "plain.gguf", "--spec-draft-n-max", 4]
     with server(*FASA, *draft, "--fasa-max-batch", max_batch, n_slot=1) as s:
         tokens, timings = s.complete(prompt, n)
         counts = s.metrics()
@@ -162,9 +163,14 @@ def test_shifts_and_prompt_cache(server, text, kv):
         assert s.metrics()["steps_sparse_total"] > 1400
 
 
-def test_embeddings_are_unaffected(server, text):
-    prompt, said = text(300), []
+def test_embeddings_and_reranking_are_unaffected(server, text):
+    """Both read prompts only, in batches that are dense."""
+    prompt, documents = text(300), ["x" * 300, "a few words", "y" * 280]
+    embedding, ranking = [], []
     for fasa in (FASA, OFF):
         with server(*fasa, "--embedding", "--pooling", "mean", "-ub", 512, "-b", 512) as s:
-            said.append(s.post("/v1/embeddings", input=prompt)["data"][0]["embedding"])
-    assert said[0] == said[1] and len(said[0]) == Shape().n_embd
+            embedding.append(s.post("/v1/embeddings", input=prompt)["data"][0]["embedding"])
+        with server(*fasa, "--rerank", "-ub", 512, "-b", 512) as s:
+            ranking.append(s.post("/v1/rerank", query="words", documents=documents)["results"])
+    assert embedding[0] == embedding[1] and len(embedding[0]) == Shape().n_embd
+    assert ranking[0] == ranking[1] and len(ranking[0]) == len(documents)

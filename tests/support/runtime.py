@@ -194,7 +194,8 @@ class Context:
     def set_budget(self, budget):
         """The status of llama_fasa_set_budget, and the error's sentence."""
         ffi, lib = fasa_api()
-        return lib.llama_fasa_set_budget(ffi.cast("struct llama_context *", _address(self.handle)), budget), last_error()
+        status = lib.llama_fasa_set_budget(ffi.cast("struct llama_context *", _address(self.handle)), budget)
+        return status, last_error()
 
     def stats(self):
         ffi, lib = fasa_api()
