@@ -287,33 +287,37 @@ class Life:
         while self.pending or self.pos(seq) < LONG:
             self.decode({seq: self.text(100)})
         state, text = self.ctx.save(seq), self.text(STEPS)
-        try:
-            actual = self.probe(self.ctx, seq, text)
-        except NoSlot:
-            self.done["no room at the end"] += 1
-            return
+        actual = self.probe(self.ctx, seq, text)
         with self.context() as loaded:
             loaded.load(state, seq)
-            self.check("loaded", actual, self.probe(loaded, seq, text))
+            self.check("loaded", actual, self.probe(loaded, seq, text), tolerances.LIFECYCLE_NMSE)
         # a quantised K is coarse enough to show that other batches round otherwise
         if self.seqs[seq].pure and self.kwargs.get("type_k", F16) == F16:
             with self.context() as fresh:
                 fresh.decode(self.seqs[seq].tokens, seq=seq)
-                self.check("read anew", actual, self.probe(fresh, seq, text))
+                expected = self.probe(fresh, seq, text)
+                # K of other batches among other cells rounds otherwise: dense steps show how much
+                dense = [self.probe(ctx, seq, text, 0) for ctx in (self.ctx, fresh)]
+                rounding = self.difference(*dense)
+                self.check("read anew", actual, expected, max(tolerances.LIFECYCLE_NMSE, 10 * rounding))
 
-    def probe(self, ctx, seq, text):
-        """Logits of sparse steps, each token at the same place; one after the other if nothing can be undone."""
+    def probe(self, ctx, seq, text, budget=BUDGET):
+        """Logits of steps, each token at the same place; one after the other if nothing can be undone."""
+        ctx.set_budget(budget)
         logits, before = [], ctx.stats().n_step_sparse
         for token in text:
             logits.append(ctx.decode([token], seq=seq))
             llama().llama_memory_seq_rm(ctx.memory, seq, llama().llama_memory_seq_pos_max(ctx.memory, seq), -1)
-        assert ctx.stats().n_step_sparse == before + len(text), "the steps were not sparse"
+        assert ctx.stats().n_step_sparse == before + (len(text) if budget else 0), "the steps were not sparse"
         return logits
 
-    def check(self, name, actual, expected):
-        """Median over steps: one in many may decide a near tie otherwise, a stale index spoils every one."""
-        nmse = float(np.median([tolerances.nmse(a, e) for a, e in zip(actual, expected)]))
-        assert nmse <= tolerances.LIFECYCLE_NMSE, f"{name}: NMSE {nmse:.2e}"
+    def difference(self, actual, expected):
+        """Median NMSE over steps: one in many may decide a near tie otherwise, a stale index spoils every one."""
+        return float(np.median([tolerances.nmse(a, e) for a, e in zip(actual, expected)]))
+
+    def check(self, name, actual, expected, bound):
+        nmse = self.difference(actual, expected)
+        assert nmse <= bound, f"{name}: NMSE {nmse:.2e}"
         self.done["compared: " + name] += 1
 
     def run(self):
@@ -324,7 +328,10 @@ class Life:
             print(" ", name[3:], flush=True)
             getattr(self, name)()
             self.done[name[3:]] += 1
-        self.compare()
+        try:
+            self.compare()
+        except NoSlot:
+            self.done["no room at the end"] += 1
         self.close()
         return self.done
 
