@@ -36,5 +36,7 @@ def test_random_lives(request, arch, mode):
     assert counts["lives"] == LIVES and counts["steps sparse"] >= 9 * LIVES * 0.9
     assert counts["compared: loaded"] > 0.8 * LIVES
     if LIVES >= 100:
-        assert counts["compared: read anew"] > 0.1 * LIVES and counts["steps mixed"] > 0
+        assert counts["compared: read anew"] > 0.1 * LIVES
+        # llama.cpp splits the batches of streams and of hybrid models before they could mix
+        assert ("steps mixed" in counts) == (mode == "unified" and arch != "lfm2")
         assert min(counts[name[3:]] for name in dir(Life) if name.startswith("op_")) > 0
