@@ -15,7 +15,7 @@ import fasa
 from fasa import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch", "--fasa-index-type"]
+FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch", "--fasa-index-type", "--fasa-mode"]
 # about 300 tokens: the cache is looked at in steps of 256, and must be larger than the budget for a sparse step
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 30
 
@@ -168,6 +168,7 @@ def test_settings_reach_c() -> None:
         {"max_batch": 0},
         {"index_type": "q5"},
         {"index_type": 2},
+        {"variant": "x"},
     ],
     ids=str,
 )
@@ -277,6 +278,36 @@ def test_settings_are_each_context_own(calibrated: Path) -> None:
     first = load(calibrated, fasa=True, fasa_budget=64)
     second = load(calibrated, fasa=True, fasa_budget=128)
     assert (first.fasa_info().budget, second.fasa_info().budget) == (64, 128)
+
+
+def test_budget_at_run_time(calibrated: Path) -> None:
+    """Each budget says what a Llama made with it says, and 0 what a dense one does; the setting survives pickling."""
+    llm = load(calibrated, fasa=True, fasa_budget=64)
+    expected = {64: greedy(llm), 0: greedy(load(calibrated, fasa=False, flash_attn=True))}
+    expected[128] = greedy(load(calibrated, fasa=True, fasa_budget=128))
+    for budget in (0, 128, 64, 0, 64):
+        llm.fasa_budget = budget
+        llm.fasa_reset_stats()
+        assert llm.fasa_budget == llm.fasa_info().budget == budget
+        assert greedy(llm) == expected[budget]
+        assert (llm.fasa_stats().n_step_sparse > 0) == (budget > 0)
+    llm.fasa_budget = 100
+    assert pickle.loads(pickle.dumps(llm)).fasa_budget == 100
+
+
+@pytest.mark.parametrize("budget", [-1, 36, 2**24 + 1, 64.0, None, True])
+def test_bad_budget_at_run_time(calibrated: Path, budget: object) -> None:
+    llm = load(calibrated, fasa=True, fasa_budget=64)  # forces 4 + 32 tokens
+    with pytest.raises(fasa.FasaConfigError, match="budget"):
+        llm.fasa_budget = budget  # type: ignore[assignment]
+    assert llm.fasa_budget == 64
+
+
+def test_budget_without_fasa(calibrated: Path) -> None:
+    llm = load(calibrated, fasa=False)
+    llm.fasa_budget = 0
+    with pytest.raises(fasa.FasaConfigError, match="runs without"):
+        llm.fasa_budget = 64
 
 
 def test_drop_in(calibrated: Path) -> None:

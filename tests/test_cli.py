@@ -22,6 +22,7 @@ BAD = [
     ("--fasa-max-batch", "0"),
     ("--fasa-index-type", "q5"),
     ("--fasa-index-type", "F16"),
+    ("--fasa-mode", "on"),
 ]
 TOOLS = ["llama-cli", "llama-server", "llama-perplexity", "llama-bench"]
 

@@ -5,11 +5,16 @@ operation against those of a context that read the same tokens and nothing else.
 """
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from support import gguf_keys, tolerances
+from support import gguf_keys, native, tolerances
 from support.runtime import INDEX_TYPES, OFF, ON, Model, fasa_params, llama
 from support.tiny_gguf import N_VOCAB, Shape, write_tiny_gguf
 
@@ -274,6 +279,92 @@ def test_state_of_a_dense_context(fasa, text):
     assert difference([again.decode([t]) for t in tokens], expected) <= tolerances.LIFECYCLE_NMSE
 
 
+RESTART = """
+import ctypes, json, os, sys
+import llama_cpp as api
+job = json.loads(sys.argv[1])
+quiet = api.llama_log_callback(lambda level, text, data: None)
+api.llama_log_set(quiet, ctypes.c_void_p(0))
+if job["fasa"]:
+    from support.runtime import ON, fasa_params
+    in_force = fasa_params(ON, *job["fasa"])
+    in_force.__enter__()
+params = api.llama_model_default_params()
+params.n_gpu_layers = 0
+model = api.llama_model_load_from_file(job["model"].encode(), params)
+params = api.llama_context_default_params()
+params.n_ctx = params.n_batch = 1024
+params.n_threads = params.n_threads_batch = params.flash_attn_type = 1
+params.type_k = job["type_k"]
+ctx = api.llama_init_from_model(model, params)
+n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+whole, sequence = ((job["state"] + end).encode() for end in (".context", ".sequence"))
+kept, n_read = (ctypes.c_int32 * 1)(), ctypes.c_size_t()
+if job["load"] == "context":
+    assert api.llama_state_load_file(ctx, whole, kept, 1, n_read)
+elif job["load"] == "sequence":
+    assert api.llama_state_seq_load_file(ctx, sequence, 0, kept, 1, n_read)
+step, said = job["tokens"], []
+for _ in range(job["n"]):
+    step = (ctypes.c_int32 * len(step))(*step)  # the batch only points to it
+    assert api.llama_decode(ctx, api.llama_batch_get_one(step, len(step))) == 0
+    logits = api.llama_get_logits_ith(ctx, -1)[:n_vocab]
+    said.append(max(range(n_vocab), key=logits.__getitem__))
+    step = said[-1:]
+if job["save"]:
+    assert api.llama_state_save_file(ctx, whole, kept, 1)
+    assert api.llama_state_seq_save_file(ctx, sequence, 0, kept, 1)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def process(model, tmp_path):
+    """A function that decodes greedily in a process of its own, which may load a state first and save it at the end."""
+
+    def run(tokens, n, type_k, load="", save=False, fasa=True, lib_dir=None):
+        job = dict(model=str(model.path), state=str(tmp_path / "state"), tokens=tokens, n=n, type_k=type_k, load=load)
+        job |= dict(save=save, fasa=[BUDGET, N_SINK, N_RECENT] if fasa else None)
+        stock = Path(llama().__file__).parent.parent
+        env = {**os.environ, "LLAMA_FASA_VERIFY": "1", "PYTHONPATH": f"{stock}:{os.environ.get('PYTHONPATH', '')}"}
+        env["LLAMA_CPP_LIB_PATH"] = str(lib_dir or native.lib_dir())
+        command = [sys.executable, "-c", RESTART, json.dumps(job)]
+        tests = Path(__file__).parent
+        done = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+def test_save_restart_continue(process, text, type_k):
+    """Saved, and gone on with in another process: the same tokens as without the break."""
+    prompt, n, type_k = text(420), 24, TYPES[type_k]
+    unbroken = process(prompt, 2 * n, type_k)
+    first = process(prompt, n, type_k, save=True)
+    for what in ("context", "sequence"):
+        assert first + process(first[-1:], n, type_k, load=what) == unbroken
+    assert process(prompt, 2 * n, type_k, fasa=False) != unbroken
+
+
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+def test_state_files_and_unpatched_llama_cpp(process, text, type_k):
+    """A state that FASA saved goes on in unpatched llama.cpp as here with FASA off, and the other way round."""
+    unpatched = os.environ.get("FASA_UNPATCHED_LIB_DIR")
+    if not unpatched:
+        pytest.skip("FASA_UNPATCHED_LIB_DIR names no folder of unpatched llama.cpp libraries")
+    prompt, n, type_k, ways = text(420), 24, TYPES[type_k], ("context", "sequence")
+    stock = dict(fasa=False, lib_dir=unpatched)
+    last = process(prompt, n, type_k, save=True)[-1:]
+    for what in ways:
+        assert process(last, n, type_k, load=what, **stock) == process(last, n, type_k, load=what, fasa=False)
+    last = process(prompt, n, type_k, save=True, **stock)[-1:]
+    here = [process(last, n, type_k, load=what) for what in ways]
+    assert process(prompt, n, type_k, save=True, fasa=False)[-1:] == last
+    assert [process(last, n, type_k, load=what) for what in ways] == here
+
+
 def test_context_shift(fasa, text):
     """seq_add rotates cached K in place, and the index with it: an index from before the shift fails this test.
 
@@ -321,6 +412,81 @@ def test_many_sequences_in_a_batch(fasa, text, unified):
     assert ctx.stats().n_row_sparse == before + n_seq * STEPS
     for seq in range(n_seq):
         assert difference(actual[:, seq], expected) <= tolerances.LIFECYCLE_NMSE, f"sequence {seq}"
+
+
+# --- budgets at run time, and batches that decode and read prompts at once ---
+
+
+def test_budget_of_each_step(fasa, text):
+    """Steps with changing budgets, whose graphs llama.cpp would reuse: the bits of contexts made with those budgets."""
+    prompt, tokens = text(700), text(4)
+    ctx, expected = fasa(), {}
+    for budget in (BUDGET, 0, 40, 300):
+        with fasa_params(ON if budget else OFF, budget, N_SINK, N_RECENT), ctx.model.context(n_ctx=N_CTX) as made:
+            made.decode(prompt)
+            expected[budget] = probe(made, tokens, len(prompt))
+    ctx.decode(prompt)
+    for budget in (0, 40, 40, 300, BUDGET, 0, BUDGET, 300):
+        assert ctx.set_budget(budget) == (0, "")
+        assert ctx.info().budget == budget
+        assert np.array_equal(probe(ctx, tokens, len(prompt)), expected[budget])
+    assert ctx.stats().n_step_sparse == 6 * len(tokens) and ctx.stats().n_step_dense == 2 * len(tokens)
+
+
+def probe(ctx, tokens, n):
+    """Logits of each token as the one at position n."""
+    logits = []
+    for token in tokens:
+        logits.append(ctx.decode([token], pos=n))
+        rm(ctx, 0, n, -1)
+    return np.stack(logits)
+
+
+def test_budget_that_cannot_be(fasa):
+    ctx, off = fasa(), fasa(OFF)
+    for budget, message in [(-1, "-1, outside"), (2**24 + 1, "outside"), (N_SINK + N_RECENT, "leave no room")]:
+        status, error = ctx.set_budget(budget)
+        assert status == -1 and message in error and ctx.info().budget == BUDGET
+    assert off.set_budget(0)[0] == 0
+    status, error = off.set_budget(BUDGET)
+    assert status == -1 and "runs without" in error
+
+
+def test_prompt_beside_decoding(fasa, text):
+    """Rows of a unified cache that decode are sparse while the prompt behind them in the batch is read densely.
+
+    The batches have as many rows and sequences, so that only FASA can tell that a graph does not fit.
+    """
+    first, second, n_draft = text(450), text(400), 3
+    ctx, alone, dense = fasa(n_ctx=2 * N_CTX, n_seq=2), fasa(), fasa(OFF)
+    ctx.decode(first)
+    alone.decode(first)
+    read, decoded, prompts = 0, [], []
+    for n_decode in (1, n_draft, 1, n_draft, 1):
+        tokens, piece = text(n_decode), second[read : read + 60 - n_decode]
+        rows = [(t, len(first) + i, [0]) for i, t in enumerate(tokens)]
+        rows += [(t, read + i, [1]) for i, t in enumerate(piece)]
+        before = ctx.stats()
+        actual = ctx.decode_rows(rows)
+        after = ctx.stats()
+        assert after.n_step_mixed == before.n_step_mixed + 1 and after.n_row_sparse == before.n_row_sparse + n_decode
+        decoded += zip(actual[:n_decode], alone.decode(tokens, all_logits=True))
+        prompts += zip(actual[n_decode:], dense.decode(piece, all_logits=True))
+        first, read = first + tokens, read + len(piece)
+    assert difference(*zip(*decoded)) <= tolerances.LIFECYCLE_NMSE
+    assert difference(*zip(*prompts)) <= tolerances.LIFECYCLE_NMSE
+    more = text(300)
+    ctx.decode(more, seq=1)
+    check(ctx, fasa(), second[:read] + more, text(STEPS), seq=1)
+
+
+def test_prompt_before_decoding(fasa, text):
+    """Rows that decode are dense where a prompt comes first in the batch."""
+    first, second = text(450), text(60)
+    ctx = fasa(n_seq=2)
+    ctx.decode(first)
+    ctx.decode_rows([(t, i, [1]) for i, t in enumerate(second)] + [(7, len(first), [0])])
+    assert (ctx.stats().n_step_mixed, ctx.stats().n_step_sparse, ctx.stats().n_step_prefill) == (0, 0, 2)
 
 
 # --- types of K, V and the index ---

@@ -34,6 +34,9 @@ def test_random_lives(request, arch, mode):
     counts = json.loads(done.stdout.splitlines()[-1])
     print(arch, mode, counts)
     assert counts["lives"] == LIVES and counts["steps sparse"] >= 9 * LIVES * 0.9
-    if LIVES >= 20:
-        assert counts["compared: loaded"] > 0.9 * LIVES and counts["compared: read anew"] > 0.1 * LIVES
+    assert counts["compared: loaded"] > 0.8 * LIVES
+    if LIVES >= 100:
+        assert counts["compared: read anew"] > 0.1 * LIVES
+        # llama.cpp splits the batches of streams and of hybrid models before they could mix
+        assert ("steps mixed" in counts) == (mode == "unified" and arch != "lfm2")
         assert min(counts[name[3:]] for name in dir(Life) if name.startswith("op_")) > 0

@@ -22,7 +22,7 @@ PARTS = {
     "0001-ggml.patch": ["ggml"],
     "0002-llama.patch": ["src", "include"],
     "0003-common.patch": ["common"],
-    "0004-llama-bench.patch": ["tools"],
+    "0004-tools.patch": ["tools"],
     "0005-test-backend-ops.patch": ["tests"],
 }
 

@@ -82,6 +82,10 @@ int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 
 int32_t llama_fasa_model_budget(const struct llama_model * model);
 
+int32_t      llama_fasa_n_arch      (void);
+const char * llama_fasa_arch_name   (int32_t arch);
+const char * llama_fasa_arch_refusal(int32_t arch);
+
 struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
 
 int32_t llama_fasa_set_budget  (      struct llama_context * ctx, int32_t budget);

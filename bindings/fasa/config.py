@@ -71,7 +71,7 @@ def _from_c(cls: Any, c: Any) -> Any:
 
 @dataclass(frozen=True)
 class FasaInfo:
-    """What a context runs; ``struct llama_fasa_info``. Sizes in bytes."""
+    """What a context runs; ``struct llama_fasa_info``. Sizes in bytes; budget is the one now in force, 0 = dense."""
 
     active: bool
     n_layer_sparse: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import _native, _stock
@@ -122,6 +123,24 @@ class Llama(_StockLlama):  # type: ignore[misc]
     def fasa_info(self) -> FasaInfo:
         """What this model runs: layers, budget, sizes."""
         return FasaInfo.from_c(_native.llama().llama_fasa_get_info(self._fasa_context()))
+
+    @property
+    def fasa_budget(self) -> int:
+        """Tokens that steps from now on keep per query and KV head; 0 decodes dense, and is the value without FASA.
+
+        Setting it takes effect with the next step. FasaConfigError for a budget that does not cover the tokens that are
+        always kept, or one above 0 without FASA; nothing has changed then.
+        """
+        return self.fasa_info().budget
+
+    @fasa_budget.setter
+    def fasa_budget(self, budget: int) -> None:
+        if not isinstance(budget, int) or isinstance(budget, bool) or not 0 <= budget < 2**31:
+            raise FasaConfigError(f"fasa_budget must be a whole number of at least 0, not {budget!r}")
+        if _native.llama().llama_fasa_set_budget(self._fasa_context(), budget) != 0:
+            raise FasaConfigError(_native.last_error())
+        if budget:
+            self._fasa = replace(self._fasa, budget=budget)  # a pickled copy starts with it
 
     def fasa_stats(self) -> FasaStats:
         """How many steps ran sparse and dense so far."""

@@ -92,6 +92,12 @@ LLAMA_API int32_t llama_fasa_model_calibrated(const struct llama_model * model);
 // The budget that the model's calibration recommends; 0 if there is none, or no valid calibration.
 LLAMA_API int32_t llama_fasa_model_budget(const struct llama_model * model);
 
+// The architectures of llama.cpp, in [0, llama_fasa_n_arch()): the name, and why FASA cannot serve any model of it, a
+// sentence; "" if it can, NULL if the table in fasa-arch.cpp does not list it.
+LLAMA_API int32_t      llama_fasa_n_arch      (void);
+LLAMA_API const char * llama_fasa_arch_name   (int32_t arch);
+LLAMA_API const char * llama_fasa_arch_refusal(int32_t arch);
+
 LLAMA_API struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx);
 // Changes the budget of all steps from now on; 0 decodes dense until it is set again. Not while the context decodes.
 // Returns 0, or -1 with a sentence in llama_fasa_last_error() and nothing changed: a budget that does not cover the forced

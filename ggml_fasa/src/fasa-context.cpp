@@ -302,7 +302,21 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     const bool must = params.mode == LLAMA_FASA_MODE_ON;
 
     const llama_fasa_metadata * md = model.fasa.get();
-    if (!md || !md->present) {
+    const bool present = md && md->present;
+
+    const char * refusal = llama_fasa_arch_refusal(model.arch);
+    if (!refusal || *refusal) {
+        const std::string reason = format("the architecture %s cannot run it: %s", llm_arch_name(model.arch),
+                refusal ? refusal : "it is new to this version");
+        if (must) {
+            throw std::runtime_error("FASA: " + reason);
+        }
+        if (params.budget > 0 || present) {
+            LLAMA_LOG_WARN("fasa: %s: decoding dense\n", reason.c_str());
+        }
+        return nullptr;
+    }
+    if (!present) {
         if (must) {
             throw std::runtime_error("FASA: the model is not calibrated, run fasa-calibrate on it first");
         }
@@ -339,11 +353,11 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
 
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
-    LLAMA_LOG_WARN("fasa: FASA-%s, %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d "
-            "rows, %s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of them in mapped host memory\n",
-            info.mapped_bytes > 0 ? "M" : "C", info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max,
-            info.budget, info.n_sink, info.n_recent, info.max_batch, ggml_fasa_index_type_name(config.index_type),
-            info.index_bytes/1024.0/1024.0, info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0);
+    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
+            "%s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory (FASA-%s)\n",
+            info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.n_sink, info.n_recent,
+            info.max_batch, ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0,
+            info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0, info.mapped_bytes > 0 ? "M" : "C");
     return fasa;
 }
 

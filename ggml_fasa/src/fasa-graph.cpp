@@ -76,7 +76,7 @@ ggml_tensor * llama_fasa_build_attn(
     const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer) && !layer->mapped;
     // a layer that attends to another one's K has no FCs of its own
     const bool sparse = layer->n_tip > 0 && layer->il == il;
-    if (!sparse && (!on_host || !whole)) {
+    if (!sparse && !on_host) {
         return nullptr; // a GPU's flash attention serves a KV group at once, too
     }
 

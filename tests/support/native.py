@@ -33,6 +33,7 @@ struct ggml_tensor * ggml_view_4d(struct ggml_context *, struct ggml_tensor *, i
 struct ggml_tensor * ggml_permute(struct ggml_context *, struct ggml_tensor *, int, int, int, int);
 size_t ggml_row_size(int type, int64_t ne);
 void * ggml_get_data(const struct ggml_tensor *);
+const char * ggml_get_name(const struct ggml_tensor *);
 size_t ggml_nbytes(const struct ggml_tensor *);
 struct ggml_cgraph * ggml_new_graph(struct ggml_context *);
 void ggml_build_forward_expand(struct ggml_cgraph *, struct ggml_tensor *);

@@ -72,6 +72,7 @@ class Model:
 
     def __init__(self, path):
         api = llama()
+        self.path = path
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
         self.handle = api.llama_model_load_from_file(str(path).encode(), params)
@@ -193,7 +194,8 @@ class Context:
     def set_budget(self, budget):
         """The status of llama_fasa_set_budget, and the error's sentence."""
         ffi, lib = fasa_api()
-        return lib.llama_fasa_set_budget(ffi.cast("struct llama_context *", _address(self.handle)), budget), last_error()
+        status = lib.llama_fasa_set_budget(ffi.cast("struct llama_context *", _address(self.handle)), budget)
+        return status, last_error()
 
     def stats(self):
         ffi, lib = fasa_api()
