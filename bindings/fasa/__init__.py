@@ -3,8 +3,8 @@
 >>> from fasa import Llama
 >>> llm = Llama("model.gguf", n_ctx=8192, fasa=True, fasa_budget=256)
 
-`Llama` is llama-cpp-python's class of that name plus FASA; `LlamaRAMCache`, `LlamaDiskCache` and `LlamaState` are its own.
-Importing this package loads nothing; the first use of one of them loads the libraries and llama-cpp-python.
+`Llama` is llama-cpp-python's class of that name plus FASA; `LlamaRAMCache`, `LlamaDiskCache` and `LlamaState` are its
+own. Importing this package loads nothing; the first use of one of them loads the libraries and llama-cpp-python.
 """
 
 from __future__ import annotations
