@@ -2,12 +2,12 @@
 
 Clients, more than slots, send short and long prompts, hang up in the middle of answers, generate beyond the context
 (context shift), and save, erase and restore slots, all at once; first with a unified KV cache, then with a stream for
-each slot. Sampling is greedy. Every answer is compared with the dense one to the same prompt: its agreement is the share
-of tokens before the first difference. The text being its own, a later difference says nothing more.
+each slot. Sampling is greedy. Every answer is compared with the dense one to the same prompt: its agreement is the
+share of tokens before the first difference. The text being its own, a later difference says nothing more.
 
-A run fails if a request fails, if the server ends, if no step was sparse, or if the mean agreement of one kind of answers
-is below --least-agreement. Prints one JSON line for each kind of cache. Memory is the server's resident set: after every
-prompt was seen once, in the middle, and at the end.
+A run fails if a request fails, if the server ends, if no step was sparse, or if the mean agreement of one kind of
+answers is below --least-agreement. Prints one JSON line for each kind of cache. Memory is the server's resident set:
+after every prompt was seen once, in the middle, and at the end.
 """
 
 import argparse

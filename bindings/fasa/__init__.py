@@ -24,7 +24,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from llama_cpp import LlamaDiskCache, LlamaRAMCache, LlamaState
+    from llama_cpp.llama import LlamaState
+    from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
     from .llama import Llama
 
