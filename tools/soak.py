@@ -106,7 +106,8 @@ class Server:
 
 
 def agreement(answer, expected):
-    same = next((i for i, (a, b) in enumerate(zip(answer, expected)) if a != b), len(expected))
+    """The share of expected before the first difference."""
+    same = next((i for i, (a, b) in enumerate(zip(answer, expected)) if a != b), min(len(answer), len(expected)))
     return same / len(expected)
 
 
@@ -122,8 +123,9 @@ class Soak:
         self.n_shifted = 0
         self.slot_locks = [threading.Lock() for _ in range(N_SLOT)]
 
-    def check(self, kind, answer, name, start=0):
-        wanted = self.expected[name][start : start + len(answer["tokens"])]
+    def check(self, kind, answer, name, start=0, end=N_ANSWER):
+        """Compares the tokens of an answer with those of the dense one from start to end."""
+        wanted = self.expected[name][start:end]
         with self.lock:
             self.agreements[kind].append(agreement(answer["tokens"], wanted))
 
@@ -159,7 +161,7 @@ class Soak:
         file = {"filename": f"slot-{slot}.bin"}
         with self.slot_locks[slot]:  # others may still be given this slot; the file is this client's
             first = self.server.complete(self.texts[name], half, id_slot=slot)
-            self.check("long", first, name)
+            self.check("long", first, name, 0, half)
             tokens = self.server.post("/tokenize", {"content": self.texts[name], "add_special": True})["tokens"]
             self.server.post(f"/slots/{slot}?action=save", file)
             self.server.post(f"/slots/{slot}?action=erase", {})
