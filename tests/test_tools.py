@@ -210,7 +210,7 @@ def test_soak(bin_dir, calibrated, tmp_path):
         assert row["errors"] == [] and row["n_step_sparse"] > 0 and row["share_sparse"] > 0
         assert sum(row["requests"].values()) > 0 and row["memory_mib"]["start"] > 0
     done = run("soak.py", *args, "--least-agreement", 1.1)
-    assert done.returncode == 1 and "answers agree" in done.stderr
+    assert done.returncode == 1 and "answers agree" in done.stderr, done.stderr
 
 
 def test_upstream_table():
