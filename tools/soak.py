@@ -44,8 +44,9 @@ def cut(start, n):
 
 
 def prompts(n):
-    """{name: text}, n of each kind: a piece of the text, and once more what stands in the middle of it, for the model to go
-    on with. Short ones fit the budget and decode densely, long ones are 700 to 1500 tokens.
+    """{name: text}, n of each kind: a piece of the text, and once more what stands in the middle of it.
+
+    So the model knows how to go on. Short ones fit the budget and decode densely, long ones are 700 to 1500 tokens.
     """
 
     def again(start, n):
