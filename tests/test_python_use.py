@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import fasa
-from support import openai_stub, server
+from support import loopback, openai_stub
 from test_bindings import PROMPT, python
 from test_bindings import load as load_with
 
@@ -248,11 +248,11 @@ def test_page(calibrated: Path, bin_dir: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "model.gguf").symlink_to(calibrated)
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.S | re.M)
     (command,) = (text.split() for kind, text in blocks if kind == "sh")
-    port = str(server.free_port())
+    port = str(loopback.free_port())
     code = "".join(text for kind, text in blocks if kind == "python").replace(":8080/", f":{port}/")
     assert command[0] == "llama-server" and command[-2:] == ["--port", "8080"] and port in code
     names: dict[str, Any] = {}
-    with server.serving([str(bin_dir / command[0]), *command[1:-1], port], tmp_path / "log"):
+    with loopback.serving([str(bin_dir / command[0]), *command[1:-1], port], tmp_path / "log"):
         exec(compile(code, str(PAGE), "exec"), names)
     assert names["chat"].choices[0].message.content and names["answer"]
     assert names["other"].fasa_stats().n_step_sparse > 0
