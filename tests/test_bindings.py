@@ -15,7 +15,7 @@ import fasa
 from fasa import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch", "--fasa-index-type"]
+FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch", "--fasa-index-type", "--fasa-file"]
 # about 300 tokens: the cache is looked at in steps of 256, and must be larger than the budget for a sparse step
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 30
 
@@ -218,6 +218,22 @@ def test_invalid_metadata(calibrated: Path, tmp_path: Path) -> None:
     with pytest.raises(fasa.FasaMetadataError, match="fasa.version"):
         load(broken)
     assert not load(broken, fasa=False).fasa_info().active
+
+
+def test_calibration_in_a_file_of_its_own(calibrated: Path, tmp_path: Path) -> None:
+    """With a recommended budget, which switches FASA on; and no longer in force for the next model."""
+    sidecar, plain = tmp_path / "keys.gguf", tmp_path / "plain.gguf"
+    shutil.copy(calibrated, plain)
+    command = [sys.executable, "-m", "fasa_calibrate", str(plain)]
+    subprocess.run([*command, "--remove", "--quiet"], check=True)
+    more = ["--sidecar", "-o", str(sidecar), "--criterion", "random", "--n-ctx", "200", "--budget", "64", "--quiet"]
+    subprocess.run([*command, *more], check=True)
+    llm = load(plain, fasa_file=sidecar)
+    assert llm.fasa_info().active and llm.fasa_info().budget == 64
+    assert pickle.loads(pickle.dumps(llm)).fasa_info() == llm.fasa_info()
+    assert not load(plain).fasa_info().active
+    with pytest.raises(fasa.FasaMetadataError, match="none.gguf"):
+        load(plain, fasa_file=tmp_path / "none.gguf")
 
 
 def test_missing_model(tmp_path: Path) -> None:

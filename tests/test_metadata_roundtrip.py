@@ -122,6 +122,10 @@ def test_keys_have_the_types_of_the_contract(model):
 
 
 def test_store_budget(model):
+    assert calibrate(model) == 0
+    assert fasa_fields(model)["budget"].contents() == 96
+    assert calibrate(model, "--store-budget", "0") == 0
+    assert "budget" not in fasa_fields(model)
     assert calibrate(model, "--store-budget", "512", "--sink", "2", "--recent", "7") == 0
     fields = fasa_fields(model)
     assert [fields[n].contents() for n in ("budget", "n_sink", "n_recent")] == [512, 2, 7]
