@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -350,3 +351,33 @@ def test_keys_in_the_model_are_taken_whatever_the_fingerprint(plain, tmp_path):
     """llama-quantize keeps the keys and changes the weights."""
     with Model(calibrated(plain, tmp_path / "model.gguf", {"fasa.fingerprint": "0" * 16})) as model:
         assert model.calibrated() == (1, "")
+
+
+def test_quantised_weights_keep_the_keys_and_refuse_the_sidecar(bin_dir, plain, tmp_path):
+    def quantise(source, name):
+        out = tmp_path / name
+        command = [str(bin_dir / "llama-quantize"), str(source), str(out), "q8_0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return out
+
+    with Model(quantise(calibrated(plain, tmp_path / "model.gguf"), "model-q8.gguf")) as model:
+        assert model.calibrated() == (1, "")
+        with fasa_params(ON), model.context() as ctx:
+            assert ctx.info().n_layer_sparse == 3
+            decode(ctx)
+    quantised = quantise(plain, "plain-q8.gguf")
+    sidecar(plain, quantised.with_suffix(".fasa.gguf"))
+    with Model(quantised) as model:
+        assert model.calibrated()[0] == -1 and "other weights" in model.calibrated()[1]
+    sidecar(plain, quantised.with_suffix(".fasa.gguf"), quantised)
+    with Model(quantised) as model:
+        assert model.calibrated() == (1, "")
+
+
+def test_a_split_model_finds_its_sidecar(plain, tmp_path):
+    first = gguf_keys.split_in_parts(plain, tmp_path, "llama", 3)
+    sidecar(plain, first.with_suffix(".fasa.gguf"))
+    with Model(first) as model, fasa_params(ON), model.context() as ctx:
+        assert model.calibrated() == (1, "")
+        decode(ctx)
