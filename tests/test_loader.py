@@ -254,6 +254,28 @@ def test_params_out_of_range_change_nothing(params, name):
         assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", now)) == 0 and last_error() == ""
 
 
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_the_center_is_taken_from_what_the_index_keeps(plain, tmp_path, rng, index_type):
+    """A center of reasonable size changes next to nothing, one that leaves no bits for K a lot."""
+
+    def logits(center):
+        changes = {} if center is None else {"fasa.center": array(F32, center)}
+        with Model(calibrated(plain, tmp_path / "model.gguf", changes)) as model:
+            with fasa_params(ON, budget=200, max_batch=512, index_type=index_type), model.context() as ctx:
+                result = ctx.decode(np.arange(400) % model.n_vocab)
+                assert ctx.stats().n_step_sparse > 0
+                return result
+
+    def distance(a, b):
+        return np.square(a - b).mean() / np.square(b).mean()
+
+    none = logits(None)
+    near = distance(logits(rng.standard_normal(2 * N_FC).astype(np.float32).tolist()), none)
+    far = distance(logits([60000.0] * (2 * N_FC)), none)
+    print(f"near {near:.2e}, far {far:.2e}")
+    assert near < 0.5 * far
+
+
 # --- sidecars ---
 
 
