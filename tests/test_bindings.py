@@ -15,7 +15,16 @@ import fasa
 from fasa import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--fasa", "--fasa-budget", "--fasa-sink", "--fasa-recent", "--fasa-max-batch", "--fasa-index-type", "--fasa-mode"]
+FLAGS = [
+    "--fasa",
+    "--fasa-budget",
+    "--fasa-sink",
+    "--fasa-recent",
+    "--fasa-max-batch",
+    "--fasa-index-type",
+    "--fasa-mode",
+    "--fasa-file",
+]
 # about 300 tokens: the cache is looked at in steps of 256, and must be larger than the budget for a sparse step
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 30
 
@@ -221,6 +230,22 @@ def test_invalid_metadata(calibrated: Path, tmp_path: Path) -> None:
     assert not load(broken, fasa=False).fasa_info().active
 
 
+def test_calibration_in_a_file_of_its_own(calibrated: Path, tmp_path: Path) -> None:
+    """With a recommended budget, which switches FASA on; and no longer in force for the next model."""
+    sidecar, plain = tmp_path / "keys.gguf", tmp_path / "plain.gguf"
+    shutil.copy(calibrated, plain)
+    command = [sys.executable, "-m", "fasa_calibrate", str(plain)]
+    subprocess.run([*command, "--remove", "--quiet"], check=True)
+    more = ["--sidecar", "-o", str(sidecar), "--criterion", "random", "--n-ctx", "200", "--budget", "64", "--quiet"]
+    subprocess.run([*command, *more], check=True)
+    llm = load(plain, fasa_file=sidecar)
+    assert llm.fasa_info().active and llm.fasa_info().budget == 64
+    assert pickle.loads(pickle.dumps(llm)).fasa_info() == llm.fasa_info()
+    assert not load(plain).fasa_info().active
+    with pytest.raises(fasa.FasaMetadataError, match="none.gguf"):
+        load(plain, fasa_file=tmp_path / "none.gguf")
+
+
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load(tmp_path / "no.gguf", fasa=True)
@@ -241,6 +266,17 @@ def test_forced_tokens_beyond_the_budget(calibrated: Path) -> None:
 def test_cache_type_that_is_refused(calibrated: Path) -> None:
     with pytest.raises(fasa.FasaContextError, match="iq4_nl"):
         load(calibrated, fasa=True, fasa_budget=64, type_k=20)
+
+
+def test_mode_m_needs_a_cuda_device(calibrated: Path) -> None:
+    with pytest.raises(fasa.FasaContextError, match="mode m needs a CUDA device"):
+        load(calibrated, fasa=True, fasa_budget=64, fasa_mode="m", n_gpu_layers=0)
+
+
+def test_modes_c_and_auto_without_a_device(calibrated: Path) -> None:
+    for mode in ("c", "auto"):
+        info = load(calibrated, fasa=True, fasa_budget=64, fasa_mode=mode, n_gpu_layers=0).fasa_info()
+        assert info.active and info.mapped_bytes == 0
 
 
 @pytest.mark.parametrize("index_type", ["f16", "q8", "q4"])

@@ -1,5 +1,6 @@
 """Stage calibrate: what is observed, how FCs are chosen, and the command."""
 
+import re
 import signal
 import threading
 
@@ -339,6 +340,22 @@ def test_dense_layers_and_defaults(tmp_path):
     for n_dense in (1, 2, 9):  # one layer at least is left to FASA
         assert run(model, "--dense-layers", str(n_dense)) == 0
         assert stored(model)["n_tip"].count(0) == min(n_dense, 2)
+
+
+def test_target_kld_stores_the_smallest_budget_that_meets_it(tmp_path, capsys):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=2))
+    assert run(model, "--target-kld", "100") == 0
+    loose = stored(model)
+    assert loose["budget"] == 64 and loose["calibration.n_tokens"] == 300  # the last quarter was held out
+    before = model.read_bytes()
+    assert run(model, "--target-kld", "1e-12") == 1
+    found = re.search(r"no budget up to 128 .* within 1e-12: it is (\S+) at (\d+)", capsys.readouterr().err)
+    assert found and float(found[1]) > 1e-6
+    assert model.read_bytes() == before
+    assert run(model, "--target-kld", str(1.01 * float(found[1])), "--sidecar") == 0
+    assert stored(model.with_suffix(".fasa.gguf"))["budget"] == int(found[2])
+    assert run(model, "--target-kld", "1", "--store-budget", "64") == 1
+    assert "both name a budget" in capsys.readouterr().err
 
 
 def test_the_worst_layers_stay_dense():

@@ -1,7 +1,9 @@
 """The docs name files, commands and options that exist, and leave none out."""
 
+import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,12 @@ def test_calibrate_options_and_docs_agree():
         if re.fullmatch(r"\d+", default):
             name = re.search(r"--([\w-]+)", option)[1].replace("-", "_")
             assert [action.default for action in actions if action.dest == name] == [int(default)], name
+
+
+def test_quality_tables_are_those_of_the_rows():
+    spec = importlib.util.spec_from_file_location("eval_quality", ROOT / "tools" / "eval_quality.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "tools"))
+    spec.loader.exec_module(module)
+    docs = (ROOT / "docs" / "quality.md").read_text()
+    assert module.with_tables(docs) == docs, "run tools/eval_quality.py --docs"

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -253,6 +254,28 @@ def test_params_out_of_range_change_nothing(params, name):
         assert lib.llama_fasa_set_params(ffi.new("struct llama_fasa_params *", now)) == 0 and last_error() == ""
 
 
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_the_center_is_taken_from_what_the_index_keeps(plain, tmp_path, rng, index_type):
+    """A center of reasonable size changes next to nothing, one that leaves no bits for K a lot."""
+
+    def logits(center):
+        changes = {} if center is None else {"fasa.center": array(F32, center)}
+        with Model(calibrated(plain, tmp_path / "model.gguf", changes)) as model:
+            with fasa_params(ON, budget=200, max_batch=512, index_type=index_type), model.context() as ctx:
+                result = ctx.decode(np.arange(400) % model.n_vocab)
+                assert ctx.stats().n_step_sparse > 0
+                return result
+
+    def distance(a, b):
+        return np.square(a - b).mean() / np.square(b).mean()
+
+    none = logits(None)
+    near = distance(logits(rng.standard_normal(2 * N_FC).astype(np.float32).tolist()), none)
+    far = distance(logits([60000.0] * (2 * N_FC)), none)
+    print(f"near {near:.2e}, far {far:.2e}")
+    assert near < 0.5 * far
+
+
 # --- sidecars ---
 
 
@@ -350,3 +373,33 @@ def test_keys_in_the_model_are_taken_whatever_the_fingerprint(plain, tmp_path):
     """llama-quantize keeps the keys and changes the weights."""
     with Model(calibrated(plain, tmp_path / "model.gguf", {"fasa.fingerprint": "0" * 16})) as model:
         assert model.calibrated() == (1, "")
+
+
+def test_quantised_weights_keep_the_keys_and_refuse_the_sidecar(bin_dir, plain, tmp_path):
+    def quantise(source, name):
+        out = tmp_path / name
+        command = [str(bin_dir / "llama-quantize"), str(source), str(out), "q8_0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return out
+
+    with Model(quantise(calibrated(plain, tmp_path / "model.gguf"), "model-q8.gguf")) as model:
+        assert model.calibrated() == (1, "")
+        with fasa_params(ON), model.context() as ctx:
+            assert ctx.info().n_layer_sparse == 3
+            decode(ctx)
+    quantised = quantise(plain, "plain-q8.gguf")
+    sidecar(plain, quantised.with_suffix(".fasa.gguf"))
+    with Model(quantised) as model:
+        assert model.calibrated()[0] == -1 and "other weights" in model.calibrated()[1]
+    sidecar(plain, quantised.with_suffix(".fasa.gguf"), quantised)
+    with Model(quantised) as model:
+        assert model.calibrated() == (1, "")
+
+
+def test_a_split_model_finds_its_sidecar(plain, tmp_path):
+    first = gguf_keys.split_in_parts(plain, tmp_path, "llama", 3)
+    sidecar(plain, first.with_suffix(".fasa.gguf"))
+    with Model(first) as model, fasa_params(ON), model.context() as ctx:
+        assert model.calibrated() == (1, "")
+        decode(ctx)

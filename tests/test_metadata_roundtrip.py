@@ -22,6 +22,7 @@ from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
 from fasa_calibrate.native import load_llama_cpp
 from fasa_calibrate.observe import Model
 from fasa_calibrate.show import main as inspect
+from support.gguf_keys import split_in_parts
 from support.tiny_gguf import Shape, write_tiny_gguf
 
 TEXT = "The keeper rang the bell for four hours, and 59 teeth were enough for the clock. " * 10
@@ -122,6 +123,10 @@ def test_keys_have_the_types_of_the_contract(model):
 
 
 def test_store_budget(model):
+    assert calibrate(model) == 0
+    assert fasa_fields(model)["budget"].contents() == 96
+    assert calibrate(model, "--store-budget", "0") == 0
+    assert "budget" not in fasa_fields(model)
     assert calibrate(model, "--store-budget", "512", "--sink", "2", "--recent", "7") == 0
     fields = fasa_fields(model)
     assert [fields[n].contents() for n in ("budget", "n_sink", "n_recent")] == [512, 2, 7]
@@ -229,35 +234,10 @@ def test_where_a_sidecar_may_be_written(model, tmp_path, capsys):
     assert "a file to delete" in capsys.readouterr().err
 
 
-def split(model, folder, n=2):
-    """The model in n parts as llama-gguf-split names them; keys in the first one."""
-    reader = gguf.GGUFReader(model)
-    tensors = np.array_split(np.arange(len(reader.tensors)), n)
-    for i, part in enumerate(tensors):
-        path = folder / f"split-{i + 1:05d}-of-{n:05d}.gguf"
-        writer = gguf.GGUFWriter(str(path), "qwen2")
-        if i == 0:
-            for field in reader.fields.values():
-                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-                    kind, *item = field.types[:2]
-                    writer.add_key_value(field.name, field.contents(), kind, *item)
-        writer.add_uint16("split.no", i)
-        writer.add_uint16("split.count", n)
-        writer.add_int32("split.tensors.count", len(reader.tensors))
-        for at in part:
-            tensor = reader.tensors[at]
-            writer.add_tensor(tensor.name, np.array(tensor.data))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return folder / f"split-00001-of-{n:05d}.gguf"
-
-
 def test_a_split_model_takes_a_sidecar_only(model, tmp_path, capsys):
     folder = tmp_path / "parts"
     folder.mkdir()
-    first = split(model, folder)
+    first = split_in_parts(model, folder, "qwen2")
     assert calibrate(first) == 1
     assert "this model is split: give --sidecar" in capsys.readouterr().err
     assert calibrate(first, "--sidecar") == 0

@@ -1,11 +1,11 @@
 """How far FASA's output is from dense attention, by llama-perplexity: perplexity ratio, KL divergence, top-1 agreement.
 
     python tools/eval_quality.py --model M.gguf --text T.txt --ctx 4096 8192 --budget 256 512 --out rows.jsonl
-    python tools/eval_quality.py --table rows.jsonl
+    python tools/eval_quality.py --docs
 
 For each context the text is run once dense, saving the logits, then once for each variant and budget with every batch
-served sparse by the op that ships. Logits take n_vocab * n_ctx bytes per chunk on disk. --table prints the rows of a
-file as the tables of docs/quality.md.
+served sparse by the op that ships. Logits take n_vocab * n_ctx bytes per chunk on disk. --docs writes the rows of
+docs/benchmarks/quality.jsonl into docs/quality.md.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 
-from machine import emit, find_tool, row
+from machine import ROOT, emit, find_tool, row
 
 UBATCH = 512
+ROWS, DOCS = ROOT / "docs" / "benchmarks" / "quality.jsonl", ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- tools/eval_quality.py --docs writes from here -->\n", "<!-- to here -->\n"
 
 # variant -> (what it is, arguments of fasa-calibrate, arguments of llama-perplexity); {..} see arguments()
 ON = ["--fasa", "on", "--fasa-max-batch", str(UBATCH), "--fasa-budget", "{budget}"]
@@ -109,24 +111,33 @@ def n_fc(model):
 def table(rows):
     """Markdown: one table for each model, text, number of chunks and context."""
     lines = []
-    same = ("model", "text", "chunks", "ctx")
-    rows = sorted(rows, key=lambda r: [str(r[k]) for k in same])
-    for (model, text, chunks, ctx), group in itertools.groupby(rows, lambda r: tuple(r[k] for k in same)):
+
+    def subject(r):
+        return r["model"].split(" ")[0].split(".gguf")[0], r["text"], r["chunks"], r["ctx"]
+
+    for (model, text, chunks, ctx), group in itertools.groupby(sorted(rows, key=subject), subject):
         lines += [
             "",
             f"{model}, {text}, context {ctx}, {'all' if chunks < 0 else chunks} chunks:",
             "",
-            "| variant | budget | index / KV | sparse layers | ppl ratio | mean KL from dense | same top-1 % |",
-            "|---|---|---|---|---|---|---|",
+            "| variant | budget | index | sparse layers | ppl ratio | mean KL from dense | same top-1 % | commit |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for r in sorted(group, key=lambda r: (r["budget"] or 0, r["kl"])):
-            index = f"{r['index_type']}, 1/{float(r['kv_mib']) / float(r['index_mib']):.1f}" if r.get("index_mib") else ""
+            index = f"{r['index_type']}, 1/{float(r['kv_mib']) / float(r['index_mib']):.1f} of KV" if r.get("kv_mib") else ""
             layers = f"{r['n_layer_sparse']} of {int(r['n_layer_sparse']) + int(r['n_layer_dense'])}" if index else ""
             lines.append(
                 f"| {r['variant']} | {r['budget'] or ''} | {index} | {layers} | {r['ppl_ratio']:.4f} | "
-                f"{r['kl']:.5f} +- {r['kl_err']:.5f} | {r['top1']:.2f} |"
+                f"{r['kl']:.5f} +- {r['kl_err']:.5f} | {r['top1']:.2f} | {r['commit'].split('-')[0]} |"
             )
     return "\n".join(lines)
+
+
+def with_tables(docs):
+    """The text of docs/quality.md with the tables of all rows between its marks."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    before, rest = docs.split(BEGIN)
+    return before + BEGIN + table(rows) + "\n\n" + END + rest.split(END)[1]
 
 
 def evaluate(args, work, tools):
@@ -169,7 +180,7 @@ def main():
     )
     parser.add_argument("--model", help="GGUF; it is not changed")
     parser.add_argument("--text", help="text to predict; not the calibration text")
-    parser.add_argument("--table", metavar="ROWS", help="print the rows of this file as tables, and do nothing else")
+    parser.add_argument("--docs", action="store_true", help="write the tables of docs/quality.md, and do nothing else")
     parser.add_argument("--ctx", type=int, nargs="+", default=[4096])
     parser.add_argument("--chunks", type=int, default=8, help="contexts evaluated, -1: all (default: 8)")
     parser.add_argument("--budget", type=int, nargs="+", default=[256])
@@ -182,9 +193,8 @@ def main():
     parser.add_argument("--fasa-calibrate", help="path of the program (default: the installed one)")
     parser.add_argument("--out", help="append the JSON lines to this file instead of printing them")
     args = parser.parse_args()
-    if args.table:
-        rows = [json.loads(line) for line in pathlib.Path(args.table).read_text().splitlines()]
-        print(table([r for r in rows if r["kind"] == "quality"]))
+    if args.docs:
+        DOCS.write_text(with_tables(DOCS.read_text()))
         return
     if not args.model or not args.text:
         parser.error("--model and --text are needed")

@@ -63,8 +63,8 @@ def build_parser():
         help="first tokens that are always kept, stored as a recommendation (default: %(default)s)")
     add("--recent", type=integer(0), metavar="N", default=rules.n_recent,
         help="last tokens that are always kept, stored as a recommendation (default: %(default)s)")
-    add("--store-budget", type=integer(1), metavar="N",
-        help="recommended budget to store, with which FASA switches on by itself (default: that of --budget)")
+    add("--store-budget", type=integer(0), metavar="N",
+        help="recommended budget to store, with which FASA switches on by itself; 0: none (default: that of --budget)")
     add("--target-kld", type=_positive, metavar="X",
         help="store the smallest budget whose mean KL divergence from dense is at most X; a quarter of the text is kept for"
         " measuring that")
@@ -112,9 +112,9 @@ def main(argv=None):
 
 def _run(args):
     rules = Rules(args.budget, args.sink, args.recent)
-    if rules.n_free < 1 or (args.store_budget or args.budget) <= args.sink + args.recent:
+    if min(rules.budget, args.store_budget or rules.budget) <= args.sink + args.recent:
         raise CalibrateError("--budget and --store-budget must be larger than --sink plus --recent")
-    if args.store_budget and args.target_kld:
+    if args.store_budget is not None and args.target_kld:
         raise CalibrateError("--store-budget and --target-kld both name a budget to store")
     if args.sidecar and args.remove:
         raise CalibrateError("--remove takes the keys out of a model; a sidecar is a file to delete")
@@ -198,7 +198,7 @@ def _calibrate(args, parts, rules):
             result = calibrate(model, text, options, args.threads, bar.update, held_out)
     if not args.quiet and not held_out and result.n_tokens < args.n_ctx:
         print(f"used {result.n_tokens} tokens, less than --n-ctx {args.n_ctx}: the text or the model allows no more")
-    budget = args.store_budget or args.budget
+    budget = args.budget if args.store_budget is None else args.store_budget or None
     of_model = fingerprint(parts)
     sha256 = sha256_text(text)
 
@@ -212,7 +212,7 @@ def _calibrate(args, parts, rules):
     )
     if args.target_kld:
         budget, kld = smallest_budget(
-            llama_cpp, args.model, keys_with(budget), text, options, args.target_kld, args.threads, args.n_gpu_layers,
+            llama_cpp, args.model, keys_with(None), text, options, args.target_kld, args.threads, args.n_gpu_layers,
             args.verbose,
         )  # fmt: skip
         note += f"; KL divergence from dense {kld:.2g} at budget {budget}"

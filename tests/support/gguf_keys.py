@@ -2,6 +2,7 @@
 
 import struct
 
+import gguf
 import numpy as np
 
 U32, I32, F32, STRING, ARRAY, U64 = 4, 5, 6, 8, 9, 10  # value types of GGUF
@@ -68,3 +69,28 @@ def fasa_keys(n_layer, n_head_kv, n_rot, n_tip, fcs, rope_type="norm", **more):
 def random_fcs(rng, n_head_kv, n_rot, n_tip):
     """A random FC table: for each layer an array [n_head_kv, n_tip], ascending in each head."""
     return [np.sort(np.stack([rng.permutation(n_rot // 2)[:n] for _ in range(n_head_kv)])) for n in n_tip]
+
+
+def split_in_parts(model, folder, arch, n=2):
+    """The model in n parts as llama-gguf-split names them, keys in the first one; returns that."""
+    reader = gguf.GGUFReader(model)
+    tensors = np.array_split(np.arange(len(reader.tensors)), n)
+    for i, part in enumerate(tensors):
+        path = folder / f"split-{i + 1:05d}-of-{n:05d}.gguf"
+        writer = gguf.GGUFWriter(str(path), arch)
+        if i == 0:
+            for field in reader.fields.values():
+                if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                    kind, *item = field.types[:2]
+                    writer.add_key_value(field.name, field.contents(), kind, *item)
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", n)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for at in part:
+            tensor = reader.tensors[at]
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / f"split-00001-of-{n:05d}.gguf"
