@@ -13,6 +13,8 @@ from support.runtime import ON, Model, fasa_params
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench_decode  # noqa: E402
+import soak  # noqa: E402
+import upstream_tests  # noqa: E402
 
 SHAPE = "--layers 3 --embd 128 --heads 6 --heads-kv 2 --head-size 64 --ff 96 --vocab 300 --n-tip 8 --ctx 4096 --quiet"
 
@@ -187,3 +189,37 @@ def test_bench_gpu_refuses(tmp_path):
     ]:
         done = subprocess.run(["bash", TOOLS / "bench_gpu.sh", *options], capture_output=True, text=True, check=False)
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_agreement_ends_at_the_first_difference():
+    assert soak.agreement([1, 2, 3, 4], [1, 2, 3, 4]) == 1
+    assert soak.agreement([1, 2, 9, 4], [1, 2, 3, 4]) == 0.5
+    assert soak.agreement([1, 2], [1, 2, 3, 4]) == 0.5
+    assert soak.agreement([], [1, 2]) == 0
+
+
+def test_soak(bin_dir, calibrated, tmp_path):
+    """A short one, with both kinds of cache; and one whose bar no answer can reach."""
+    out = tmp_path / "rows.jsonl"
+    args = [calibrated, "--minutes", 0.3, "--prompts", 1, "--llama-server", bin_dir / "llama-server", "--out", out]
+    done = run("soak.py", *args)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["cache"] for row in rows] == ["unified", "streams"]
+    for row in rows:
+        assert row["errors"] == [] and row["n_step_sparse"] > 0 and row["share_sparse"] > 0
+        assert sum(row["requests"].values()) > 0 and row["memory_mib"]["start"] > 0
+    done = run("soak.py", *args, "--least-agreement", 1.1)
+    assert done.returncode == 1 and "answers agree" in done.stderr, done.stderr
+
+
+def test_upstream_table():
+    rows = [
+        ("ops", "test-a", "passed", "", ""),
+        ("ops", "test-b", "failed", "exit 1", "failed"),
+        ("server", "test_c", "failed", "exit 1", "passed"),
+        ("server", "test_d", "not run", "needs a download", ""),
+    ]
+    assert "| ops | 2 | 1 | 1 | 1 | 0 |" in upstream_tests.table(rows)
+    assert "| server | 2 | 0 | 1 | 0 | 1 |" in upstream_tests.table(rows)
+    assert "`test_d`" in upstream_tests.page(rows).split("## Not run")[1]

@@ -3,14 +3,15 @@
 >>> from fasa import Llama
 >>> llm = Llama("model.gguf", n_ctx=8192, fasa=True, fasa_budget=256)
 
-`Llama` is llama-cpp-python's class of that name plus FASA. Importing this package loads nothing; the first use of
-`Llama` loads the libraries and llama-cpp-python.
+`Llama` is llama-cpp-python's class of that name plus FASA; `LlamaRAMCache`, `LlamaDiskCache` and `LlamaState` are its
+own. Importing this package loads nothing; the first use of one of them loads the libraries and llama-cpp-python.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _stock
 from .config import FasaInfo, FasaParams, FasaStats
 from .errors import (
     FasaConfigError,
@@ -23,6 +24,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from llama_cpp.llama import LlamaState
+    from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
+
     from .llama import Llama
 
 __version__ = "0.1.0"
@@ -39,6 +43,9 @@ __all__ = [
     "FasaUncalibratedError",
     "FasaVersionError",
     "Llama",
+    "LlamaDiskCache",
+    "LlamaRAMCache",
+    "LlamaState",
     "__version__",
 ]
 
@@ -48,4 +55,6 @@ def __getattr__(name: str) -> Any:
         from .llama import Llama
 
         return Llama
+    if name in ("LlamaDiskCache", "LlamaRAMCache", "LlamaState"):
+        return getattr(_stock.load(), name)
     raise AttributeError(f"module 'fasa' has no attribute {name!r}")

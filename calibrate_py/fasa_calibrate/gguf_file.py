@@ -21,6 +21,11 @@ _MAX_NAME = 65535
 _MAX_ARRAY_DEPTH = 4
 
 
+def shown(name):
+    """A name from a file as a message may show it: quoted, printable and not long."""
+    return ascii(name if len(name) <= 64 else name[:61] + "...")
+
+
 @dataclass
 class Key:
     name: str
@@ -116,9 +121,9 @@ def _tensor_bytes(name, kind, shape):
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
-        raise CalibrateError(f"tensor '{name}' has an unknown type ({kind})") from None
+        raise CalibrateError(f"tensor {shown(name)} has an unknown type ({kind})") from None
     if shape[0] % block:
-        raise CalibrateError(f"the GGUF file is damaged: rows of tensor '{name}' are no whole number of blocks")
+        raise CalibrateError(f"the GGUF file is damaged: rows of tensor {shown(name)} are no whole number of blocks")
     n = shape[0] // block * size
     for dim in shape[1:]:
         n *= dim
@@ -176,7 +181,7 @@ def _parse(path, data, size):
         value_at = reader.at
         value = reader.value(kind)
         if name in gguf.keys:
-            raise CalibrateError(f"the GGUF file is damaged: key '{name}' occurs twice")
+            raise CalibrateError(f"the GGUF file is damaged: key {shown(name)} occurs twice")
         gguf.keys[name] = Key(name, kind, start, reader.at, value_at)
         if value is not None:
             gguf.values[name] = value
@@ -186,7 +191,7 @@ def _parse(path, data, size):
         name = reader.name()
         n_dims = reader.unpack("<I")
         if not 1 <= n_dims <= _MAX_DIMS:
-            raise CalibrateError(f"the GGUF file is damaged: tensor '{name}' has {n_dims} dimensions")
+            raise CalibrateError(f"the GGUF file is damaged: tensor {shown(name)} has {n_dims} dimensions")
         shape = tuple(reader.unpack("<Q") for _ in range(n_dims))
         kind, offset = reader.unpack("<I"), reader.unpack("<Q")
         raw.append((name, kind, shape, offset))
@@ -199,6 +204,6 @@ def _parse(path, data, size):
     for name, kind, shape, offset in raw:
         n_bytes = _tensor_bytes(name, kind, shape)
         if offset % alignment or gguf.data_start + offset + n_bytes > size:
-            raise CalibrateError(f"the GGUF file is truncated or damaged: tensor '{name}' lies outside of it")
+            raise CalibrateError(f"the GGUF file is truncated or damaged: tensor {shown(name)} lies outside of it")
         gguf.tensors.append(TensorInfo(name, kind, shape, gguf.data_start + offset, n_bytes))
     return gguf

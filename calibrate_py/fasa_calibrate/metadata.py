@@ -9,7 +9,7 @@ import numpy as np
 from . import __version__
 from .criteria import RECALL_BUDGETS, Quality
 from .errors import CalibrateError
-from .gguf_file import ARRAY, STRING
+from .gguf_file import ARRAY, STRING, shown
 
 PREFIX = "fasa."
 VERSION = 1
@@ -84,7 +84,7 @@ def _per_layer(gguf, what, layer):
         if isinstance(value, list):
             value = value[layer] if layer < len(value) else default
         if not isinstance(value, int):
-            raise CalibrateError(f"the GGUF file lacks '{arch}.{key}'")
+            raise CalibrateError(f"the GGUF file lacks {shown(f'{arch}.{key}')}")
         return value
 
     n_head = get("attention.head_count", None)

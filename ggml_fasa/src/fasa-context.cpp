@@ -58,15 +58,6 @@ llama_fasa_params llama_fasa_get_params(void) {
     return fasa_params;
 }
 
-int32_t llama_fasa_index_type(const char * name) {
-    for (int32_t type = 0; type < GGML_FASA_INDEX_COUNT; ++type) {
-        if (strcmp(name, ggml_fasa_index_type_name((ggml_fasa_index_type) type)) == 0) {
-            return type;
-        }
-    }
-    return -1;
-}
-
 int32_t llama_fasa_model_calibrated(const llama_model * model) {
     fasa_error.clear();
     if (!model->fasa || !model->fasa->present) {

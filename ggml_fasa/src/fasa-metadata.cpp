@@ -1,5 +1,10 @@
 #include "fasa-metadata.h"
 
+#include "ggml-fasa.h"
+#include "llama-fasa.h"
+
+#include <cstring>
+
 std::vector<int32_t> llama_fasa_metadata::dims(size_t il) const {
     const llama_fasa_layer & layer = layers.at(il);
 
@@ -14,4 +19,13 @@ std::vector<int32_t> llama_fasa_metadata::dims(size_t il) const {
         }
     }
     return res;
+}
+
+int32_t llama_fasa_index_type(const char * name) {
+    for (int32_t type = 0; type < GGML_FASA_INDEX_COUNT; ++type) {
+        if (strcmp(name, ggml_fasa_index_type_name((ggml_fasa_index_type) type)) == 0) {
+            return type;
+        }
+    }
+    return -1;
 }
