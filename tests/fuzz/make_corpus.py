@@ -63,6 +63,7 @@ def seeds():
         "range": {"fasa.fc": [99] * len(norm["fasa.fc"])},
         "strings": {"fasa.n_tip": array(STRING, ["3"] * N_LAYER)},
         "budget": {"fasa.budget": 2**32 - 1},
+        "center": {"fasa.center": array(F32, [float("nan")] * (2 * len(norm["fasa.fc"])))},
         "long": {"fasa.fc": array(I32, [1, 2, 3], length=2**62 + 1)},
     }
     files = {
@@ -71,6 +72,8 @@ def seeds():
         "optional": gguf_file(fasa_keys("norm", **NORM, **OPTIONAL)),
         "optional-neox": gguf_file(fasa_keys("neox", **NEOX, **OPTIONAL)),
         "types": gguf_file({**every_type, **norm}),
+        "center": gguf_file({**norm, "fasa.center": array(F32, [0.5] * (2 * len(norm["fasa.fc"])))}),
+        "sidecar": gguf_file({**norm, "fasa.fingerprint": "0123456789abcdef"}),
         "none": gguf_file(model),
         "model": gguf_file({**model, **norm}, tensors, 2, b"\1" * 128),
     }
@@ -83,7 +86,7 @@ def seeds():
 def dictionary():
     """The strings that no mutation would hit upon, in libFuzzer's format."""
     keys = fasa_keys("norm", **NORM, **OPTIONAL)
-    words = [*keys, "norm", "neox", "f16", "q8", "q4", "general.alignment", "GGUF"]
+    words = [*keys, "fasa.center", "fasa.fingerprint", "norm", "neox", "f16", "q8", "q4", "general.alignment", "GGUF"]
     return "".join(f'"{word}"\n' for word in words)
 
 
