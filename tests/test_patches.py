@@ -29,6 +29,8 @@ ALLOWED = {
     "table entry": r'(?:\[\w+\]\s*=\s*)?"[^"]*",|\{\s*"[^"]*".*\},?',
     "assertion": r"static_assert\(.*\);",
     "call": rf"(?:[\w:*&<>. ]+ \|?= )?(?:return )?!?{CALL};",
+    "one more operand": rf"{CALL} \|\|",
+    "constant returned": r"return true;",
     "result taken over": r"\w+ = [A-Z][A-Z0-9_]+;",
     "guarded call": r"(?:\} else )?(?:if|for) \(.*\)\s*(?:\{.*\}|\{|.*;)",
     "number": r"#define [A-Z0-9_]+\s+\d+",

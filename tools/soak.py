@@ -108,7 +108,7 @@ class Server:
         status = self.process.wait(120)
         if status != 0:
             raise SystemExit(f"error: llama-server ended with {status}: {self.log.read_text(errors='replace')[-2000:]}")
-        found = re.findall(r"fasa: (\d+) decode steps sparse .*?, (\d+) dense .*?, (\d+) prefill .*?rebuilt (\d+)",
+        found = re.findall(r"fasa: (\d+) decode steps sparse.*?, (\d+) dense .*?, (\d+) prefill .*?rebuilt (\d+)",
                            self.log.read_text(errors="replace"))  # fmt: skip
         names = ("n_step_sparse", "n_step_dense", "n_step_prefill", "n_index_rebuild")
         return dict(zip(names, map(int, found[-1]))) if found else {}
