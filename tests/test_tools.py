@@ -75,7 +75,7 @@ fasa: mode off, budget 64, sink not set, recent not set, max batch not set, inde
 load: something else
 fasa: mode on, budget 64, sink not set, recent not set, max batch not set, index type q8
 {"n_gen": 4, "samples_ts": [2.0]}
-fasa: budget 64, layers 2 sparse 1 dense, n_tip 8 to 9, index q8 10 bytes, kv 20 bytes, steps 4 sparse 3 dense 2 prefill
+fasa: budget 64, layers 2 sparse 1 dense, n_tip 8 to 9, index q8 10 bytes, kv 20 bytes, mapped 0 bytes, steps 4 sparse 3 dense 2 prefill
 fasa: mode on, budget 128, sink not set, recent not set, max batch not set
 {"n_gen": 4, "samples_ts": [3.0]}
 """
@@ -85,7 +85,7 @@ def test_bench_decode_pairs_settings_with_tests(capsys):
     off, on, bare = bench_decode.parse_tests(LOG.splitlines(keepends=True))
     assert off == (("off", 64), {"n_gen": 4, "samples_ts": [1.0]}, {})
     assert on[0] == ("on", 64) and on[1]["samples_ts"] == [2.0]
-    assert [on[2][key] for key in ("n_step_sparse", "n_tip_max", "index_type", "kv_bytes")] == [4, 9, "q8", 20]
+    assert [on[2][key] for key in ("n_step_sparse", "n_tip_max", "index_type", "kv_bytes", "mapped_bytes")] == [4, 9, "q8", 20, 0]
     assert bare == (("on", 128), {"n_gen": 4, "samples_ts": [3.0]}, {})
     assert capsys.readouterr().err == "load: something else\n"
 

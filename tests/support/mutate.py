@@ -46,7 +46,7 @@ def check_reader(path):
     """The Python reader either refuses a file with its own exception and one sentence, or stays inside of it."""
     try:
         gguf = read_gguf(path)
-        fingerprint(gguf)
+        fingerprint([gguf])
     except CalibrateError as error:
         text = str(error).replace(str(path), "")
         assert text.isascii() and text.isprintable(), repr(text)
