@@ -213,6 +213,22 @@ class Soak:
         return [*memory, self.server.memory()]
 
 
+def table(rows):
+    """Markdown: a line for each kind of cache."""
+    lines = [
+        "| cache | minutes | requests | errors | context shifts | MiB, start, middle, end | steps sparse | agreement |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        memory = ", ".join(str(r["memory_mib"][when]) for when in ("start", "middle", "end"))
+        agreement = "; ".join(f"{kind} {mean:.2f} ({r['n_compared'][kind]})" for kind, mean in r["agreement"].items())
+        lines.append(
+            f"| {r['cache']} | {r['minutes']:g} | {sum(r['requests'].values())} | {len(r['errors'])} | {r['n_shifted']} | "
+            f"{memory} | {100 * r['share_sparse']:.0f} % | {agreement} |"
+        )
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a calibrated GGUF file")
