@@ -78,7 +78,9 @@ std::string llama_fasa_index_cache::verify(llama_context & lctx) const {
         ggml_backend_tensor_set(cells, ids.data(), 0, ggml_nbytes(cells));
 
         ggml_cgraph * gf = ggml_new_graph(ctx.get());
-        ggml_build_forward_expand(gf, ggml_fasa_index_write(ctx.get(), l.k, cells, anew, l.dims, config.index_type, hadamard));
+        layer copy = l;
+        copy.index = anew;
+        ggml_build_forward_expand(gf, index_write(ctx.get(), copy, l.k, cells));
         if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
             throw std::runtime_error("FASA: failed to verify the index cache");
         }

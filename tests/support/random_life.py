@@ -45,7 +45,9 @@ def write_model(folder, arch):
     rng, n_rot, heads = np.random.default_rng(3), tiny_gguf.n_rot(arch, shape), tiny_gguf.n_head_kv(arch, shape)
     fcs = [gguf_keys.random_fcs(rng, g, n_rot, [n])[0] for g, n in zip(heads, n_tip) if n]
     rope = "norm" if arch == "llama" else "neox"
-    keys = gguf_keys.fasa_keys(len(n_tip), heads, n_rot, n_tip, fcs, rope)
+    center = rng.standard_normal(2 * sum(g * n for g, n in zip(heads, n_tip))).astype(np.float32).tolist()
+    center = gguf_keys.array(gguf_keys.F32, center)
+    keys = gguf_keys.fasa_keys(len(n_tip), heads, n_rot, n_tip, fcs, rope, center=center)
     return gguf_keys.with_keys(plain, Path(folder) / "model.gguf", keys)
 
 
