@@ -129,6 +129,11 @@ const char * llama_fasa_pin(void) {
     return FASA_PIN_VERSION;
 }
 
+ggml_fasa_index_type llama_fasa_resolve_index_type(const llama_fasa_params & params, const llama_fasa_metadata & metadata) {
+    return (ggml_fasa_index_type) (params.index_type >= 0 ? params.index_type :
+            metadata.index_type >= 0 ? metadata.index_type : LLAMA_FASA_INDEX_TYPE_DEFAULT);
+}
+
 namespace {
 
 llama_fasa_config resolve(const llama_fasa_params & params, const llama_fasa_metadata & md) {
@@ -140,8 +145,7 @@ llama_fasa_config resolve(const llama_fasa_params & params, const llama_fasa_met
     config.n_sink    = first_set(params.n_sink,   params.n_sink   >= 0, md.n_sink,   LLAMA_FASA_N_SINK_DEFAULT);
     config.n_recent  = first_set(params.n_recent, params.n_recent >= 0, md.n_recent, LLAMA_FASA_N_RECENT_DEFAULT);
     config.max_batch = params.max_batch > 0 ? params.max_batch : LLAMA_FASA_MAX_BATCH_DEFAULT;
-    config.index_type = (ggml_fasa_index_type)
-            first_set(params.index_type, params.index_type >= 0, md.index_type, LLAMA_FASA_INDEX_TYPE_DEFAULT);
+    config.index_type = llama_fasa_resolve_index_type(params, md);
 
     const std::string error = llama_fasa_budget_error(config, config.budget);
     if (!error.empty()) {

@@ -43,6 +43,9 @@ struct llama_fasa_config {
 // Why a budget cannot be, "" if it can: the forced tokens must leave room in it.
 std::string llama_fasa_budget_error(const llama_fasa_config & config, int32_t budget);
 
+// The index type of a context: the caller's, else the metadata's, else the default.
+ggml_fasa_index_type llama_fasa_resolve_index_type(const llama_fasa_params & params, const llama_fasa_metadata & metadata);
+
 // The size of the Walsh-Hadamard blocks by which kv rotates K, 0 if it does not: upstream rotates a quantised K.
 int32_t llama_fasa_hadamard(const llama_kv_cache & kv);
 

@@ -2,6 +2,7 @@
 // (variant M), so that only the index takes device memory.
 
 #include "fasa-graph.h"
+#include "fasa-index-cache.h"
 #include "fasa-metadata.h"
 #include "ggml-fasa-mapped.h"
 #include "ggml-fasa.h"
@@ -18,6 +19,7 @@ static constexpr uint64_t RESERVE = 1ull << 30;
 // Bytes that K, V and index of all layers on a device take in variant C.
 static uint64_t bytes_on_device(const llama_model & model, ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
     const llama_hparams & hparams = model.hparams;
+    const ggml_fasa_index_type index_type = llama_fasa_resolve_index_type(llama_fasa_get_params(), *model.fasa);
     uint64_t row = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (model.dev_layer(il) != dev || !hparams.has_kv(il) || hparams.is_swa(il)) {
@@ -26,7 +28,7 @@ static uint64_t bytes_on_device(const llama_model & model, ggml_backend_dev_t de
         row += ggml_row_size(type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(type_v, hparams.n_embd_v_gqa(il));
         const llama_fasa_layer layer = model.fasa->layer(il);
         if (layer.n_tip > 0) {
-            row += ggml_fasa_tile_size(GGML_FASA_INDEX_Q4, 2*layer.n_tip)*layer.n_head_kv/GGML_FASA_TILE;
+            row += ggml_fasa_tile_size(index_type, 2*layer.n_tip)*layer.n_head_kv/GGML_FASA_TILE;
         }
     }
     return row*n_cells;
