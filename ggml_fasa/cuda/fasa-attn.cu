@@ -70,7 +70,7 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
     take(a.softmax, (size_t) a.n_scan*a.n_group);
     take(a.hist,    N_BIN);
     take(a.sync,    1);
-    take(a.cand,    (size_t) a.n_pad);
+    take(a.cand,    (size_t) a.n_part*a.n_run);
     take(a.key,     a.key_len  > 0 ? 0 : (size_t) a.n_part*a.n_run);
     take(a.list,    a.list_len > 0 ? 0 : (size_t) a.n_part*a.budget);
     take(a.part,    (size_t) a.n_part*a.n_group*(a.d_v + 2));
@@ -134,7 +134,8 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const int n_band = a.n_pad/BAND;
     a.n_scan = std::clamp(3*info.nsm/per_pass, 1, (n_band + TIP_WARP - 1)/TIP_WARP);
     a.n_part = std::clamp(info.nsm/per_pass, 1, std::min(MAX_PART, n_band));
-    a.n_run  = (n_band + a.n_part - 1)/a.n_part*BAND;
+    a.share  = SHARE;
+    a.n_run  = (((a.n_pad - 1) >> a.share)/a.n_part + 1) << a.share;
 
     a.row_size = std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));
     auto fits = [&] { return fac_layout(a).total*sizeof(float) + sizeof(select_shared) + 64 <= info.smpbo; };

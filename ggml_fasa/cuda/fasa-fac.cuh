@@ -11,8 +11,6 @@
 
 namespace fasa {
 
-constexpr int MAX_PART = 16; // blocks of a unit: their results fit into registers
-
 // Values 8 * l .. + 7 of a row, as they come from memory.
 template <bool F16>
 struct fac_row {
@@ -291,6 +289,12 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args
     }
     for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
         sh.hist[b] = 0;
+    }
+    if (threadIdx.x < OFFER) {
+        sh.cand[threadIdx.x] = 0;
+    }
+    if (threadIdx.x == 0) {
+        sh.n_cand = 0;
     }
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();

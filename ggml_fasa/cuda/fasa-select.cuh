@@ -10,14 +10,19 @@
 
 namespace fasa {
 
+constexpr int SHARE = 7; // cells that lie together belong to one block, 1 << SHARE: what a page of K holds is then few blocks' affair
+
 constexpr int FAC_THREAD = 512;
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 static_assert(4*FAC_THREAD == N_BIN, "a thread looks at four bins");
 
+constexpr int OFFER = 32; // candidates of a block that the others rank at once
+static_assert(OFFER == WARP_SIZE && MAX_PART*OFFER <= FAC_THREAD, "a warp looks at what a block offers");
+
 struct alignas(16) select_shared {
     uint32_t hist[N_BIN];
-    uint64_t cand[FAC_THREAD];
-    bool     mine[FAC_THREAD]; // candidates that are cells of this block
+    uint64_t cand[FAC_THREAD]; // what this block offers, then what all do
+    uint32_t n_cand;           // candidates of this block
     float    shift[16];        // of each head, what makes 2^(score - shift) its softmax
     uint32_t warps[FAC_WARP];
     int      result[2];
@@ -80,13 +85,9 @@ static __device__ __forceinline__ void find_bin(const uint4 & n, int first, uint
     __syncthreads();
 }
 
-// The cells of block rank of a unit: cell i of n_run.
+// Cell i of the n_run of block rank of a unit. May be beyond n_pad.
 static __device__ __forceinline__ int select_cell(const attn_args & a, int rank, int i) {
-    return (i/BAND*a.n_part + rank)*BAND + i%BAND;
-}
-
-static __device__ __forceinline__ int select_owner(const attn_args & a, int t) {
-    return t/BAND%a.n_part;
+    return (((i >> a.share)*a.n_part + rank) << a.share) + (i & ((1 << a.share) - 1));
 }
 
 // The shift of every head, from the softmax sums of tip's blocks.
@@ -218,8 +219,8 @@ static __device__ __forceinline__ void select_each(const attn_args & a, const ui
     }
 }
 
-// The n_rest-th largest of a unit's n_cand candidates, digit by digit; all differ, since the cell is a part of them.
-static __device__ uint64_t select_least(const unsigned long long * cand, uint32_t n_cand, uint32_t n_rest, select_shared & sh) {
+// The n_rest-th largest of a unit's candidates, digit by digit; all differ, since the cell is a part of them.
+static __device__ uint64_t select_least(const attn_args & a, const unit_sync * sync, const unsigned long long * cand, uint32_t n_rest, select_shared & sh) {
     constexpr int DIGIT = 10;
     uint64_t least = 0;
 #pragma unroll 1
@@ -229,10 +230,14 @@ static __device__ uint64_t select_least(const unsigned long long * cand, uint32_
         }
         __syncthreads();
 #pragma unroll 1
-        for (uint32_t i = threadIdx.x; i < n_cand; i += FAC_THREAD) {
-            const uint64_t c = __ldcg(cand + i);
-            if (shift == 60 || c >> (shift + DIGIT) == least) {
-                atomicAdd(&sh.hist[(c >> shift) & ((1u << DIGIT) - 1)], 1);
+        for (int block = 0; block < a.n_part; ++block) {
+            const uint32_t n = __ldcg(sync->n_cand + block);
+#pragma unroll 1
+            for (uint32_t i = threadIdx.x; i < n; i += FAC_THREAD) {
+                const uint64_t c = __ldcg(cand + (size_t) block*a.n_run + i);
+                if (shift == 60 || c >> (shift + DIGIT) == least) {
+                    atomicAdd(&sh.hist[(c >> shift) & ((1u << DIGIT) - 1)], 1);
+                }
             }
         }
         __syncthreads();
@@ -250,7 +255,10 @@ static __device__ uint64_t select_least(const unsigned long long * cand, uint32_
 // A unit's blocks call it together, after they have waited for each other once.
 static __device__ int select_cells(
         const attn_args & a, const unit & u, int at_u, int rank, select_shared & sh, const uint32_t * key, int32_t * list) {
-    unsigned long long * cand = (unsigned long long *) a.cand + (size_t) at_u*a.n_pad;
+    const int lane = threadIdx.x%WARP_SIZE;
+    const int warp = threadIdx.x/WARP_SIZE;
+
+    unsigned long long * cand = (unsigned long long *) a.cand + (size_t) at_u*a.n_part*a.n_run;
     unit_sync * sync = a.sync + at_u;
 
     int      bin;
@@ -261,16 +269,32 @@ static __device__ int select_cells(
     const uint32_t hi     = bin_base(bin + 1);            // smallest key that is selected for certain
     const uint32_t n_rest = bin >= 0 ? a.budget - above : 0;
 
+    // what is selected for certain is counted, candidates are offered: the first ones by way of shared memory, padded with 0
     uint32_t own = 0;
     select_each(a, key, rank, lo, [&](int t, uint32_t k) {
         prefetch_cell(a, u, t);
         if (k >= hi) {
             own++;
+            return;
+        }
+        const uint64_t c  = (uint64_t) k << 32 | (uint32_t) ~t;
+        const uint32_t at = atomicAdd(&sh.n_cand, 1);
+        if (at < OFFER) {
+            sh.cand[at] = c;
         } else {
-            __stcg(cand + atomicAdd(&sync->n_cand, 1), (uint64_t) k << 32 | (uint32_t) ~t);
+            __stcg(cand + (size_t) rank*a.n_run + at, c);
         }
     });
-    unit_arrive(a, sync);
+    if (n_rest > 0) {
+        __syncthreads();
+        if (warp == 0) {
+            __stcg(cand + (size_t) rank*a.n_run + lane, sh.cand[lane]);
+            if (lane == 0) {
+                __stcg(sync->n_cand + rank, sh.n_cand);
+            }
+        }
+        unit_arrive(a, sync);
+    }
     uint32_t n_sure;
     uint32_t at = block_scan(own, sh.warps, &n_sure);
     if (own > 0) {
@@ -282,32 +306,45 @@ static __device__ int select_cells(
     }
     unit_wait(a, sync, 2);
 
-    const uint32_t n_cand = __ldcg(&sync->n_cand);
-    if (n_cand <= FAC_THREAD) { // nearly always: each thread counts who comes before its candidate
-        const bool     in   = threadIdx.x < n_cand;
-        const uint64_t mine = in ? __ldcg(cand + threadIdx.x) : 0;
-        const bool     here = in && select_owner(a, ~(uint32_t) mine) == rank;
-        sh.cand[threadIdx.x] = mine;
-        sh.mine[threadIdx.x] = here;
+    // warp b looks at what block b offers
+    const uint64_t mine = warp < a.n_part ? __ldcg(cand + (size_t) warp*a.n_run + lane) : 0;
+    const uint32_t n    = lane < a.n_part ? __ldcg(sync->n_cand + lane) : 0;
+    if (!__any_sync(0xFFFFFFFFu, n > OFFER)) { // nearly always: each thread counts who comes before its candidate
+        uint32_t end = n; // of the candidates of blocks up to this lane
+#pragma unroll
+        for (int o = 1; o < MAX_PART; o *= 2) {
+            const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, end, o);
+            end += lane >= o ? below : 0;
+        }
+        const uint32_t n_cand = __shfl_sync(0xFFFFFFFFu, end, MAX_PART - 1);
+        const uint32_t start  = __shfl_sync(0xFFFFFFFFu, end - n, warp);
+        const uint32_t n_mine = __shfl_sync(0xFFFFFFFFu, n, warp);
+        if (lane < n_mine) {
+            sh.cand[start + lane] = mine;
+        }
+        const uint32_t start_here = __shfl_sync(0xFFFFFFFFu, end - n, rank);
+        const uint32_t n_here     = __shfl_sync(0xFFFFFFFFu, n, rank);
         __syncthreads();
         uint32_t before      = 0;
         uint32_t before_here = 0;
-        if (here) {
+        uint64_t c           = 0;
+        if (threadIdx.x < n_here) {
+            c = sh.cand[start_here + threadIdx.x];
 #pragma unroll 4
             for (uint32_t i = 0; i < n_cand; ++i) {
-                const bool larger = sh.cand[i] > mine;
+                const bool larger = sh.cand[i] > c;
                 before      += larger;
-                before_here += larger && sh.mine[i];
+                before_here += larger && i - start_here < n_here;
             }
         }
-        const bool take = here && before < n_rest;
+        const bool take = threadIdx.x < n_here && before < n_rest;
         if (take) {
-            list[n_sure + before_here] = ~(uint32_t) mine;
+            list[n_sure + before_here] = ~(uint32_t) c;
         }
         return n_sure + __syncthreads_count(take);
     }
 
-    const uint64_t least = select_least(cand, n_cand, n_rest, sh);
+    const uint64_t least = select_least(a, sync, cand, n_rest, sh);
     auto each = [&](auto && f) {
         select_each(a, key, rank, lo, [&](int t, uint32_t k) {
             if (k < hi && ((uint64_t) k << 32 | (uint32_t) ~t) >= least) {

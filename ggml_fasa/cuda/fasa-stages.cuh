@@ -35,11 +35,13 @@ static __device__ __forceinline__ uint32_t bin_base(int bin) {
     return bin >= N_BIN ? 0xFFFFFFFFu : bin == BIN_FORCED ? KEY_FORCED : bin == 0 ? 1 : (bin + BIN_FIRST) << BIN_SHIFT;
 }
 
+constexpr int MAX_PART = 16; // blocks of select and fac for a unit: their results fit into registers
+
 // Where the blocks of a unit meet; zero at first.
 struct unit_sync {
     uint32_t n_arrive;
-    uint32_t n_cand;
     uint32_t n_done;
+    uint32_t n_cand[MAX_PART]; // candidates of each block
 };
 
 struct attn_args {
@@ -70,7 +72,8 @@ struct attn_args {
     int n_pad;    // n_kv rounded up to BAND
     int n_scan;   // blocks of tip for a unit
     int n_part;   // blocks of select and fac for a unit
-    int n_run;    // cells of one of them, a multiple of BAND
+    int n_run;    // cells of one of them, every n_part-th stretch of 1 << share
+    int share;
     int key_len;  // keys that such a block keeps in shared memory, n_run; 0: in global memory
     int list_len; // selected cells that it keeps in shared memory, budget; 0: in global memory
     int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two
@@ -81,7 +84,7 @@ struct attn_args {
     float2    * softmax; // [n_scan][n_group], largest score m and sum of 2^(score - m)
     uint32_t  * hist;    // [N_BIN], visible cells by bin of their keys
     unit_sync * sync;    // [1]
-    uint64_t  * cand;    // [n_pad], candidates: key << 32 | ~cell, which orders them
+    uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
     uint32_t  * key;     // [n_part][n_run] if key_len is 0
     int32_t   * list;    // [n_part][budget] if list_len is 0
     float     * part;    // [n_part][n_group][d_v + 2], see fac_heads
