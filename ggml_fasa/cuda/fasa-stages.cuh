@@ -17,22 +17,28 @@ constexpr float LOG2E = 1.44269504f;
 constexpr uint32_t KEY_HIDDEN = 0;
 constexpr uint32_t KEY_FORCED = 0x7F800001;
 
-// Bins of the histogram: 16 for each power of two from 2^-122 on (scores are at most n_group), one for all that is smaller, and
-// one for the forced cells. Finer bins for fewer powers would leave sharp heads with all but a few cells in the first bin.
-constexpr int      BIN_SHIFT  = 19;
-constexpr uint32_t BIN_FIRST  = (127 - 122) << (23 - BIN_SHIFT);
-constexpr int      BIN_FORCED = N_BIN - 1;
+// Bins of the histogram: 64 for each power of two from 2^-24 on (scores are at most n_group), where flat heads have their
+// scores close together, 2 for each from 2^-122 on, as sharp heads need, one for all that is smaller, and one for the forced cells.
+constexpr int      FINE_SHIFT   = 17;
+constexpr int      COARSE_SHIFT = 22;
+constexpr uint32_t FINE_FIRST   = (127 - 24)  << 23;
+constexpr uint32_t COARSE_FIRST = (127 - 122) << 23;
+constexpr int      N_COARSE     = (FINE_FIRST - COARSE_FIRST) >> COARSE_SHIFT;
+constexpr int      BIN_FORCED   = N_BIN - 1;
+static_assert(N_COARSE + (((127 + 4) << 23) - FINE_FIRST >> FINE_SHIFT) < BIN_FORCED, "scores reach 16");
 
 static __device__ __forceinline__ int bin_of(uint32_t key) {
     if (key == KEY_HIDDEN || key == KEY_FORCED) {
         return key == KEY_HIDDEN ? -1 : BIN_FORCED;
     }
-    return max((int) (key >> BIN_SHIFT) - (int) BIN_FIRST, 0);
+    return key >= FINE_FIRST ? N_COARSE + (int) ((key - FINE_FIRST) >> FINE_SHIFT) :
+        key >= COARSE_FIRST ? (int) ((key - COARSE_FIRST) >> COARSE_SHIFT) : 0;
 }
 
 // The smallest key of a bin.
 static __device__ __forceinline__ uint32_t bin_base(int bin) {
-    return bin >= N_BIN ? 0xFFFFFFFFu : bin == BIN_FORCED ? KEY_FORCED : bin == 0 ? 1 : (bin + BIN_FIRST) << BIN_SHIFT;
+    return bin >= N_BIN ? 0xFFFFFFFFu : bin == BIN_FORCED ? KEY_FORCED : bin == 0 ? 1 :
+        bin < N_COARSE ? COARSE_FIRST + ((uint32_t) bin << COARSE_SHIFT) : FINE_FIRST + ((uint32_t) (bin - N_COARSE) << FINE_SHIFT);
 }
 
 constexpr int MAX_PART = 16; // blocks of select and fac for a unit: their results fit into registers
