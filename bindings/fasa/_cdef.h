@@ -42,6 +42,7 @@ struct llama_fasa_params {
     int32_t max_batch;
     int32_t index_type;
     int32_t variant;
+    int32_t vram;
 };
 
 struct llama_fasa_info {
@@ -58,6 +59,7 @@ struct llama_fasa_info {
     uint64_t index_bytes;
     uint64_t kv_bytes;
     uint64_t mapped_bytes;
+    uint64_t staging_bytes;
 };
 
 struct llama_fasa_stats {

@@ -14,6 +14,7 @@
 #include "fasa-fac.cuh"
 #include "fasa-index-cache.cuh"
 #include "fasa-select.cuh"
+#include "fasa-staged.cuh"
 #include "fasa-stages.cuh"
 #include "fasa-tip.cuh"
 
@@ -169,6 +170,9 @@ void ggml_cuda_fasa_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case GGML_FASA_MODE_INDEX_WRITE:
             ggml_cuda_fasa_index_write(ctx, dst);
             break;
+        case GGML_FASA_MODE_STAGED:
+            ggml_cuda_fasa_staged(ctx, dst);
+            break;
         default:
             GGML_ABORT("FASA mode not on CUDA");
     }
@@ -192,6 +196,8 @@ bool ggml_cuda_fasa_supported(int device, const ggml_tensor * op) {
                 k->ne[0]%8 == 0 && v->ne[0]%8 == 0 && k->ne[0] <= 256 && v->ne[0] <= 256 &&
                 n_group <= 16 && op->src[GGML_FASA_SRC_DIMS]->ne[0] <= 256;
         }
+        case GGML_FASA_MODE_STAGED:
+            return ggml_cuda_fasa_staged_supported(device, op);
         default:
             return false;
     }

@@ -22,7 +22,7 @@ enum llama_fasa_mode {
 
 // Where K and V of the layers that decode sparse are kept.
 enum llama_fasa_variant {
-    LLAMA_FASA_VARIANT_AUTO = 0, // C if it fits into the free memory of the layer's device, else M
+    LLAMA_FASA_VARIANT_AUTO = 0, // C if it fits into the free memory of the layer's device (and into vram), else M
     LLAMA_FASA_VARIANT_C    = 1, // where llama.cpp keeps them (FASA-C)
     LLAMA_FASA_VARIANT_M    = 2, // in pinned host memory, which the device reads in place; the index stays there (FASA-M, CUDA)
 };
@@ -43,6 +43,7 @@ struct llama_fasa_params {
     int32_t max_batch;  // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
     int32_t index_type; // enum ggml_fasa_index_type; -1 = not set
     int32_t variant;    // enum llama_fasa_variant
+    int32_t vram;       // MiB of each device's memory that FASA-M may hold: index, staging of K and V; 0 = not set, no bound
 };
 
 // What a context runs.
@@ -60,6 +61,7 @@ struct llama_fasa_info {
     uint64_t index_bytes;    // size of the index cache
     uint64_t kv_bytes;       // size of the K and V cache
     uint64_t mapped_bytes;   // part of kv_bytes that is in host memory and read by the device in place (FASA-M); 0: FASA-C
+    uint64_t staging_bytes;  // device memory through which FASA-M reads K and V densely
 };
 
 // What a context has run. A step is one ubatch.

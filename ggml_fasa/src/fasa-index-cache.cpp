@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <map>
 #include <stdexcept>
@@ -54,8 +55,10 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
     // one context for each buffer type, since an index lives beside its K, or on the device that reads a mapped K
     struct buft_ctx {
-        ggml_context_ptr index;
-        ggml_context_ptr dims;
+        ggml_context_ptr    index;
+        ggml_context_ptr    dims;
+        uint64_t            index_size = 0;
+        std::vector<size_t> staged; // layers whose K is mapped
     };
     std::map<ggml_backend_buffer_type_t, buft_ctx> ctxs;
 
@@ -76,7 +79,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
         const llama_fasa_layer meta = metadata.layer(cache.il);
 
-        layer l = { (int32_t) cache.il, meta.n_tip, mapped, cache.k, nullptr, nullptr, nullptr };
+        layer l = { (int32_t) cache.il, meta.n_tip, cache.k, nullptr, nullptr, nullptr, nullptr };
         layer_of_k[l.k] = layers.size();
         if (l.n_tip == 0) {
             layers.push_back(l);
@@ -86,7 +89,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
         buft_ctx & ctx = ctxs[mapped ? ggml_backend_dev_buffer_type(kv.model.dev_layer(cache.il))
                                          : ggml_backend_buffer_get_type(cache.k->buffer)];
         if (!ctx.index) {
-            ctx.index = new_ctx(kv.layers.size());
+            ctx.index = new_ctx(kv.layers.size() + 1); // and staging
             ctx.dims  = new_ctx(2*kv.layers.size()); // and centers
         }
 
@@ -100,8 +103,24 @@ llama_fasa_index_cache::llama_fasa_index_cache(
             ggml_format_name(l.center, "fasa_center_l%d", l.il);
         }
 
-        index_bytes += ggml_nbytes(l.index);
+        index_bytes    += ggml_nbytes(l.index);
+        ctx.index_size += ggml_nbytes(l.index);
+        if (mapped) {
+            ctx.staged.push_back(layers.size());
+        }
         layers.push_back(l);
+    }
+
+    for (auto & [buft, ctx] : ctxs) {
+        if (ctx.staged.empty()) {
+            continue;
+        }
+        ggml_tensor * staging = ggml_new_tensor_1d(ctx.index.get(), GGML_TYPE_I8, staging_size(ctx.staged, ctx.index_size));
+        ggml_set_name(staging, "fasa_staging");
+        staging_bytes += ggml_nbytes(staging);
+        for (const size_t i : ctx.staged) {
+            layers[i].staging = staging;
+        }
     }
 
     auto alloc = [&](ggml_context * ctx, ggml_backend_buffer_type_t buft) {
@@ -140,6 +159,33 @@ llama_fasa_index_cache::llama_fasa_index_cache(
             }
         }
     }
+}
+
+// Bytes for the staging of K and V of the layers staged: as many heads at a time as the bound on device memory allows.
+size_t llama_fasa_index_cache::staging_size(const std::vector<size_t> & staged, uint64_t index_size) const {
+    auto size_of = [&](int64_t n_head_max) {
+        size_t size = 0;
+        for (const size_t i : staged) {
+            const int64_t n_head_kv = kv.hparams.n_head_kv(layers[i].il);
+            const int64_t n_head    = std::min(n_head_max, ggml_fasa_staged_heads_max(n_head_kv));
+            const auto &  cache     = kv.layers[kv.map_layer_ids.at(layers[i].il)];
+            size = std::max(size, ggml_fasa_staging_size(cache.k->type, kv.hparams.n_embd_head_k(layers[i].il), cache.v->type,
+                    kv.hparams.n_embd_head_v(layers[i].il), (int64_t) kv.get_size()*kv.n_stream, n_head, n_head_kv));
+        }
+        return size;
+    };
+    const uint64_t bound = config.vram > 0 ? (uint64_t) config.vram << 20 : UINT64_MAX;
+    const uint64_t least = index_size + size_of(1);
+    if (least > bound) {
+        throw std::runtime_error(format("FASA: %d MiB of device memory (--fasa-vram) hold neither the index of %" PRIu64 " MiB nor "
+                "the staging of K and V, give at least %" PRIu64 ", or a smaller context (-c)", config.vram, index_size >> 20,
+                (least + (1 << 20) - 1) >> 20));
+    }
+    int64_t n_head_max = 1;
+    while (size_of(n_head_max + 1) > size_of(n_head_max) && index_size + size_of(n_head_max + 1) <= bound) {
+        ++n_head_max;
+    }
+    return size_of(n_head_max);
 }
 
 llama_fasa_index_cache::~llama_fasa_index_cache() {
@@ -308,6 +354,7 @@ llama_fasa_info llama_fasa_index_cache::info() const {
     info.index_bytes    = index_bytes;
     info.kv_bytes       = kv_bytes;
     info.mapped_bytes   = mapped_bytes;
+    info.staging_bytes  = staging_bytes;
     for (const layer & l : layers) {
         if (l.n_tip == 0) {
             info.n_layer_dense++;

@@ -29,6 +29,7 @@ struct llama_fasa_config {
     int32_t n_sink;
     int32_t n_recent;
     int32_t max_batch;
+    int32_t vram; // MiB, 0: no bound
 
     ggml_fasa_index_type index_type;
 
@@ -57,11 +58,11 @@ struct llama_fasa_index_cache {
     struct layer {
         int32_t       il;
         int32_t       n_tip; // 0: a dense layer, which has no index and no dims
-        bool          mapped; // K and V are in mapped host memory
         ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
         ggml_tensor * center; // F32, like dims; NULL if the calibration has none
+        ggml_tensor * staging; // of ggml_fasa_staged, shared by the layers of a device; NULL if K and V are not in mapped memory
     };
 
     // Adds the index write that belongs to a write of K rows. k_set: the SET_ROWS node of cache tensor k.
@@ -94,6 +95,7 @@ struct llama_fasa_index_cache {
     llama_fasa_stats  stats = {};
 
 private:
+    size_t staging_size(const std::vector<size_t> & staged, uint64_t index_size) const;
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
 
     std::vector<layer>                                 layers;
@@ -104,4 +106,5 @@ private:
     uint64_t index_bytes = 0;
     uint64_t kv_bytes     = 0;
     uint64_t mapped_bytes = 0;
+    uint64_t staging_bytes = 0;
 };

@@ -184,3 +184,50 @@ ggml_tensor * ggml_fasa_dense(
         float          softcap) {
     return fasa_attn_impl(ctx, q, k, v, mask, sinks, scale, softcap, GGML_FASA_MODE_DENSE);
 }
+
+size_t ggml_fasa_staging_size(
+        ggml_type type_k, int64_t d_k, ggml_type type_v, int64_t d_v, int64_t n_cells, int64_t n_head, int64_t n_head_kv) {
+    const int64_t n_slice = n_head < n_head_kv ? 2 : 1;
+    return n_slice*(GGML_PAD(n_cells*n_head*ggml_row_size(type_k, d_k), GGML_FASA_STAGING_ALIGN) +
+                    GGML_PAD(n_cells*n_head*ggml_row_size(type_v, d_v), GGML_FASA_STAGING_ALIGN));
+}
+
+int64_t ggml_fasa_staged_heads_max(int64_t n_head_kv) {
+    return (n_head_kv + 3)/4;
+}
+
+int64_t ggml_fasa_staged_heads(const ggml_tensor * op) {
+    const ggml_tensor * k       = op->src[GGML_FASA_SRC_K];
+    const ggml_tensor * v       = op->src[GGML_FASA_SRC_V];
+    const ggml_tensor * staging = op->src[GGML_FASA_SRC_STAGING];
+
+    int64_t n = ggml_fasa_staged_heads_max(k->ne[2]);
+    while (n > 0 && ggml_fasa_staging_size(k->type, k->ne[0], v->type, v->ne[0], k->ne[1]*k->ne[3], n, k->ne[2]) > ggml_nbytes(staging)) {
+        --n;
+    }
+    return n;
+}
+
+ggml_tensor * ggml_fasa_staged(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * mask,
+        ggml_tensor  * sinks,
+        ggml_tensor  * staging,
+        float          scale,
+        float          softcap) {
+    GGML_ASSERT(mask->type == GGML_TYPE_F16);
+    for (const ggml_tensor * t : { k, v }) {
+        GGML_ASSERT(t->nb[2] == ggml_row_size(t->type, t->ne[0]));
+    }
+    GGML_ASSERT(ggml_is_contiguous(staging) && ggml_is_vector(staging));
+
+    ggml_tensor * result = fasa_attn_impl(ctx, q, k, v, mask, sinks, scale, softcap, GGML_FASA_MODE_STAGED);
+
+    result->src[GGML_FASA_SRC_STAGING] = staging;
+    GGML_ASSERT(ggml_fasa_staged_heads(result) > 0);
+
+    return result;
+}

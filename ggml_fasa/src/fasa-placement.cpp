@@ -12,9 +12,10 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cinttypes>
 
-// What variant C leaves free on a device for everything else: compute buffers, and the margin of llama.cpp's own fitting.
-static constexpr uint64_t RESERVE = 1ull << 30;
+// What variant C leaves free on a device for everything else: compute buffers, and the 1 GiB that llama.cpp's fitting leaves free.
+static constexpr uint64_t RESERVE = 2ull << 30;
 
 // Bytes that K, V and index of all layers on a device take in variant C.
 static uint64_t bytes_on_device(const llama_model & model, ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
@@ -47,6 +48,15 @@ static uint64_t free_on_device(const llama_model & model, ggml_backend_dev_t dev
     return free;
 }
 
+// The first layer of a device that decodes sparse.
+static uint32_t first_of_device(const llama_model & model, ggml_backend_dev_t dev) {
+    uint32_t il = 0;
+    while (model.dev_layer(il) != dev || model.fasa->layer(il).n_tip == 0) {
+        ++il;
+    }
+    return il;
+}
+
 ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, const llama_model & model, uint32_t il,
         ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
     const llama_fasa_params     params = llama_fasa_get_params();
@@ -64,8 +74,15 @@ ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, c
     if (mapped && params.variant == LLAMA_FASA_VARIANT_M) {
         return mapped;
     }
-    if (!mapped || bytes_on_device(model, dev, type_k, type_v, n_cells) + RESERVE <= free_on_device(model, dev)) {
-        return buft;
+    const uint64_t bytes = bytes_on_device(model, dev, type_k, type_v, n_cells);
+    const uint64_t free  = free_on_device(model, dev);
+    const bool     fits  = bytes + RESERVE <= free && (params.vram == 0 || bytes <= (uint64_t) params.vram << 20);
+    if (il == first_of_device(model, dev)) {
+        // a warning: see llama_fasa_log_stats
+        LLAMA_LOG_WARN("fasa: %s has %" PRIu64 " MiB free, of which %" PRIu64 " are left for other uses%s; K, V and index take %"
+                PRIu64 " MiB: mode %s\n", ggml_backend_dev_name(dev), free >> 20, RESERVE >> 20,
+                params.vram > 0 ? format(", and at most %d for the KV cache", params.vram).c_str() : "", bytes >> 20,
+                fits || !mapped ? "c" : "m");
     }
-    return mapped;
+    return fits || !mapped ? buft : mapped;
 }
