@@ -89,6 +89,7 @@ class FasaInfo:
     kv_bytes: int
     mapped_bytes: int
     staging_bytes: int
+    rows_bytes: int
 
     @classmethod
     def from_c(cls, c: Any) -> FasaInfo:
@@ -112,4 +113,17 @@ class FasaStats:
     @classmethod
     def from_c(cls, c: Any) -> FasaStats:
         stats: FasaStats = _from_c(cls, c)
+        return stats
+
+
+@dataclass(frozen=True)
+class FasaRowStats:
+    """Rows of K and V that mode m selected since the context was made; ``struct llama_fasa_row_stats``."""
+
+    n_hit: int
+    n_miss: int
+
+    @classmethod
+    def from_c(cls, c: Any) -> FasaRowStats:
+        stats: FasaRowStats = _from_c(cls, c)
         return stats

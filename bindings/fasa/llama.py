@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import _native, _stock
-from .config import FasaInfo, FasaParams, FasaStats, Mode
+from .config import FasaInfo, FasaParams, FasaRowStats, FasaStats, Mode
 from .errors import FasaConfigError, FasaContextError, FasaError, FasaMetadataError, FasaUncalibratedError
 
 if TYPE_CHECKING:
@@ -150,6 +150,10 @@ class Llama(_StockLlama):  # type: ignore[misc]
         """How many steps ran sparse and dense so far."""
         return FasaStats.from_c(_native.llama().llama_fasa_get_stats(self._fasa_context()))
 
+    def fasa_row_stats(self) -> FasaRowStats:
+        """How many of the selected rows of K and V mode m found on the device, and how many it read from host memory."""
+        return FasaRowStats.from_c(_native.llama().llama_fasa_get_row_stats(self._fasa_context()))
+
     def fasa_reset_stats(self) -> None:
         """Sets the counters of `fasa_stats` to zero."""
         _native.llama().llama_fasa_reset_stats(self._fasa_context())
@@ -170,6 +174,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
             fasa_max_batch=fasa.max_batch,
             fasa_index_type=fasa.index_type,
             fasa_mode=fasa.variant,
+            fasa_vram=fasa.vram,
             fasa_file=self._fasa_file,
             flash_attn=self._fasa_flash_attn,
         )

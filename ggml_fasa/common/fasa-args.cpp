@@ -124,7 +124,7 @@ std::vector<common_arg> fasa_args() {
         set_variant).set_env("LLAMA_ARG_FASA_MODE"));
     args.push_back(common_arg(
         {"--fasa-vram"}, "MiB",
-        "most memory of each device that --fasa-mode m may take for the KV cache: the index, and what K and V pass through "
+        "most memory of each device that --fasa-mode m may take for the KV cache: the index, rows selected last, and what K and V pass through "
         "(default: no bound); with --fasa-mode auto, what K and V and the index may take for c, too",
         set_count<&llama_fasa_params::vram, 1>).set_env("LLAMA_ARG_FASA_VRAM"));
     args.push_back(common_arg(

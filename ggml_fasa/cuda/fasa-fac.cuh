@@ -13,6 +13,9 @@ namespace fasa {
 
 constexpr int MAX_PART = 15; // blocks of a unit: their results and that of the candidates fit into registers
 
+// How rows are read: of any type; as F16; or as F16 by way of the row cache.
+enum row_source { ROWS_ANY, ROWS_F16, ROWS_CACHED };
+
 // Values 8 * l .. + 7 of a row, as they come from memory.
 template <bool F16>
 struct fac_row {
@@ -42,7 +45,7 @@ struct fac_row {
 
 // Dynamic shared memory of a block, in floats, each a multiple of 4.
 struct fac_layout {
-    size_t q, list, head, part, total;
+    size_t q, list, head, rows, part, total;
 
     __host__ __device__ fac_layout(const attn_args & a) {
         const size_t parts  = (size_t) FAC_WARP*a.n_fac*a.d_v;
@@ -50,7 +53,8 @@ struct fac_layout {
         q     = 0;                                   // [n_slot][d_k]
         list  = q    + (size_t) a.n_slot*a.d_k;      // [list_len] cells
         head  = list + (size_t) (a.list_len + 3)/4*4; // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
-        part  = head + (size_t) 2*a.n_fac*FAC_WARP;  // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
+        rows  = head + (size_t) 2*a.n_fac*FAC_WARP;  // see row_shared
+        part  = rows + row_shared(a.rows, a.list_len); // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
         total = part + (parts > shares ? parts : shares);
     }
 };
@@ -64,8 +68,10 @@ static __device__ __noinline__ float fac_softcap(float s, float softcap) {
 // Attention of heads [h0, h0 + NH) over cells list[0 .. n). LANES: of a warp for one row, 8 values each.
 // out: [n_group][d_v + 2] of global memory: for each head sum of p * v, then the largest logit in powers of two, then the
 // sum of p.
-template <int NH, int LANES, bool F16>
-static __device__ void fac_heads(const attn_args & a, const unit & u, float * shared, int h0, const int32_t * list, int n, float * out) {
+template <int NH, int LANES, row_source ROWS>
+static __device__ void fac_heads(
+        const attn_args & a, const unit & u, float * shared, row_cache & cache, int h0, const int32_t * list, int n, float * out) {
+    constexpr bool F16 = ROWS != ROWS_ANY;
     constexpr int CELLS = WARP_SIZE/LANES; // of a warp at once
     constexpr int STEP  = FAC_WARP*CELLS;
 
@@ -95,11 +101,21 @@ static __device__ void fac_heads(const attn_args & a, const unit & u, float * sh
     auto load = [&](int c) {
         if (c < n) {
             const size_t cell = list[c];
-            kr.load(k + cell*a.k_nb1, l, a.d_k, a.k_type);
-            vr.load(v + cell*a.v_nb1, l, a.d_v, a.v_type);
+            const char * k_row = k + cell*a.k_nb1;
+            const char * v_row = v + cell*a.v_nb1;
+            if constexpr (ROWS == ROWS_CACHED) {
+                cache.redirect(c, a.d_k, k_row, v_row);
+            }
+            kr.load(k_row, l, a.d_k, a.k_type);
+            vr.load(v_row, l, a.d_v, a.v_type);
         }
     };
     load(first + lane/LANES);
+    if constexpr (ROWS == ROWS_CACHED) {
+        if (h0 == 0) {
+            cache.place(list, n);
+        }
+    }
 #pragma unroll 1
     for (int c0 = first; c0 < n; c0 += STEP) {
         const int c = c0 + lane/LANES;
@@ -107,6 +123,11 @@ static __device__ void fac_heads(const attn_args & a, const unit & u, float * sh
         float y[8];
         kr.get(x);
         vr.get(y);
+        if constexpr (ROWS == ROWS_CACHED) {
+            if (h0 == 0 && c < n) {
+                cache.keep(c, l, a.d_k, a.d_v, kr.bits, vr.bits);
+            }
+        }
         load(c + STEP); // the next cell is on its way while this one is worked on
 
         float s[NH] = {};
@@ -266,7 +287,7 @@ static __device__ void fac_merge(const attn_args & a, const unit & u, const floa
 }
 
 // grid: n_part blocks for each unit. NH: heads served at once.
-template <int NH, int LANES, bool F16>
+template <int NH, int LANES, row_source ROWS>
 __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
     extern __shared__ float4 shared4[];
     __shared__ select_shared sh;
@@ -287,6 +308,10 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
             *(const float4 *) ((const float *) (a.q + u.s*a.q_nb3 + u.t*a.q_nb1 + (u.g*a.n_group + h)*a.q_nb2) + i%a.d_k) :
             make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
+    row_cache cache;
+    if constexpr (ROWS == ROWS_CACHED) { // what changes it is older than the kernel before, too
+        cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + in.rows), a.list_len);
+    }
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
 
@@ -299,9 +324,12 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
     int n = found.n_sure;
 #pragma unroll 1
     for (int to = rank; ; to = a.n_part) {
+        if constexpr (ROWS == ROWS_CACHED) {
+            cache.find(list, n);
+        }
 #pragma unroll 1
         for (int h = 0; h < a.n_group; h += NH) {
-            fac_heads<NH, LANES, F16>(a, u, shared, h, list, n, part + (size_t) to*a.n_group*(a.d_v + 2));
+            fac_heads<NH, LANES, ROWS>(a, u, shared, cache, h, list, n, part + (size_t) to*a.n_group*(a.d_v + 2));
         }
         if (to == a.n_part) {
             break;
@@ -320,6 +348,11 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
         n = found.n_rest;
         if (n > 0) {
             select_rest(a, at_u, sh, found.bin, (uint32_t) done, n, list);
+        }
+    }
+    if constexpr (ROWS == ROWS_CACHED) {
+        if (threadIdx.x == 0) {
+            cache.turn();
         }
     }
     fac_merge(a, u, part, shared + in.part);

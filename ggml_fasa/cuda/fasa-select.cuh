@@ -256,7 +256,7 @@ static __device__ select_found select_filter(const attn_args & a, const unit & u
     for (int i = 4*(threadIdx.x + HELD*FAC_THREAD); i < a.n_run; i += 4*FAC_THREAD) {
         count(select_keys(a, key, rank, i));
     }
-    if (n_any > 0) {
+    if (n_any > 0 && a.row_size > 0) {
         select_each(a, key, rank, found.lo, 0xFFFFFFFFu, [&](int t, uint32_t) { prefetch_cell(a, u, t); });
     }
     found.n_own = n_any - n_sure;

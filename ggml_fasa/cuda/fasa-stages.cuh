@@ -4,6 +4,7 @@
 #pragma once
 
 #include "fasa-launch.cuh"
+#include "fasa-row-cache.cuh"
 #include "ggml-fasa.h"
 
 namespace fasa {
@@ -65,7 +66,7 @@ struct attn_args {
     int n_part;   // blocks of fac for a unit
     int n_run;    // cells that a block of fac filters, a multiple of BAND
     int list_len; // selected cells that a block of fac keeps in shared memory; 0: in global memory
-    int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two
+    int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
     int unit0;    // first unit of this launch
 
     // Global memory between the kernels, for each unit of the launch.
@@ -77,6 +78,8 @@ struct attn_args {
     uint64_t * cand;    // [n_pad], candidates: key << 32 | ~cell, which orders them
     int32_t  * list;    // [n_part][budget] if list_len is 0, selected cells of a block
     float    * part;    // [n_part + 1][n_group][d_v + 2], see fac_heads
+
+    row_args rows;
 };
 
 // A KV group of one query row.

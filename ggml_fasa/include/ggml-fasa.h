@@ -60,6 +60,8 @@ enum ggml_fasa_attn_src {
     GGML_FASA_SRC_SINKS = 4,
     GGML_FASA_SRC_INDEX = 5,
     GGML_FASA_SRC_DIMS  = 6,
+    GGML_FASA_SRC_ROW_STATE = 7,
+    GGML_FASA_SRC_ROWS      = 8,
     GGML_FASA_SRC_STAGING = 5, // of staged
 };
 
@@ -69,6 +71,7 @@ enum ggml_fasa_index_write_src {
     GGML_FASA_WRITE_SRC_INDEX  = 2,
     GGML_FASA_WRITE_SRC_DIMS   = 3,
     GGML_FASA_WRITE_SRC_CENTER = 4,
+    GGML_FASA_WRITE_SRC_ROW_STATE = 5,
 };
 
 // The index cache of one layer: [tile size, n_cells / TILE, G, S], contiguous. A plane (g, s) is a row of tiles, and
@@ -153,6 +156,18 @@ GGML_API struct ggml_tensor * ggml_fasa_attn(
         int32_t                   budget,
         enum ggml_fasa_index_type index_type,
         int32_t                   hadamard);
+
+// Words of 32 bits before the tags in the state of a row cache: {turn, rows in each half, 0, hits and misses of 64 bits}.
+#define GGML_FASA_ROW_STATE 8
+
+// The state of a row cache: I32 [GGML_FASA_ROW_STATE + 2 * n_rows, 1, G, S], zero when it is new. To it belong the rows: F16
+// [2 * n_rows * (D + DV), 1, G, S].
+GGML_API struct ggml_tensor * ggml_fasa_new_row_state(struct ggml_context * ctx, int64_t n_rows, int64_t n_head_kv, int64_t n_stream);
+
+// Lets attn keep n_rows of the rows that it reads for its next step, so that rows in host memory are read less often. CUDA,
+// K and V in F16, one query row for each stream; elsewhere it changes nothing. Every write to K or V must tell the state.
+GGML_API void ggml_fasa_attn_set_row_cache(struct ggml_tensor * attn, struct ggml_tensor * state, struct ggml_tensor * rows);
+GGML_API void ggml_fasa_index_write_set_row_state(struct ggml_tensor * write, struct ggml_tensor * state);
 
 // Stage fac over every visible cell: exact attention that reads each row of K and V once for a whole KV group.
 // Arguments and result as of ggml_fasa_attn; -0.0 in the mask is 0.

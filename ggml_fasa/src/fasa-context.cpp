@@ -106,6 +106,15 @@ llama_fasa_stats llama_fasa_get_stats(const llama_context * ctx) {
     return fasa ? fasa->stats : llama_fasa_stats {};
 }
 
+llama_fasa_row_stats llama_fasa_get_row_stats(llama_context * ctx) {
+    const llama_fasa_index_cache * fasa = ctx->get_cparams().fasa;
+    if (!fasa) {
+        return {};
+    }
+    ctx->synchronize();
+    return fasa->row_stats();
+}
+
 void llama_fasa_reset_stats(llama_context * ctx) {
     if (llama_fasa_index_cache * fasa = ctx->get_cparams().fasa) {
         fasa->stats = {};
@@ -351,11 +360,15 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
     LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
-            "%s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory, staged in %.2f MiB (FASA-%s)\n",
+            "%s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory (FASA-%s)\n",
             info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.n_sink, info.n_recent,
             info.max_batch, ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0,
-            info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0, info.staging_bytes/1024.0/1024.0,
+            info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0,
             info.mapped_bytes > 0 ? "M" : "C");
+    if (info.mapped_bytes > 0) {
+        LLAMA_LOG_WARN("fasa: beside the index, devices hold %.2f MiB through which K and V are read densely, and %.2f MiB of "
+                "rows selected last\n", info.staging_bytes/1024.0/1024.0, info.rows_bytes/1024.0/1024.0);
+    }
     return fasa;
 }
 

@@ -114,13 +114,16 @@ ggml_tensor * llama_fasa_build_attn(
 
     ggml_tensor * cur;
     if (sparse) {
-        const ggml_tensor * all = layer->index;
         const size_t stream0 = k->view_offs/layer->k->nb[2];
-        ggml_tensor * index = ggml_view_4d(ctx, layer->index, all->ne[0], all->ne[1], all->ne[2], n_stream,
-                all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
-
-        cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, index, layer->dims, kq_scale, softcap_of(graph),
+        auto streams = [&](ggml_tensor * all) { // those that k shows
+            return ggml_view_4d(ctx, all, all->ne[0], all->ne[1], all->ne[2], n_stream,
+                    all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
+        };
+        cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, streams(layer->index), layer->dims, kq_scale, softcap_of(graph),
                 fasa->config.budget, fasa->config.index_type, fasa->hadamard);
+        if (layer->row_state) {
+            ggml_fasa_attn_set_row_cache(cur, streams(layer->row_state), streams(layer->rows));
+        }
         graph.cb(cur, "fasa_attn", il);
     } else {
         cur = ggml_fasa_dense(ctx, q, k, v, kq_mask, sinks, kq_scale, softcap_of(graph));
@@ -186,4 +189,9 @@ void llama_fasa_log_stats(const llama_fasa_index_cache & fasa) {
             "%llu prefill steps dense, index rebuilt %llu times\n", (unsigned long long) s.n_step_sparse,
             (unsigned long long) s.n_step_mixed, (unsigned long long) s.n_row_sparse, (unsigned long long) s.n_step_dense,
             (unsigned long long) s.n_step_prefill, (unsigned long long) s.n_index_rebuild);
+    const llama_fasa_row_stats rows = fasa.row_stats();
+    if (rows.n_hit + rows.n_miss > 0) {
+        LLAMA_LOG_WARN("fasa: %llu of %llu selected rows of K and V were in the row cache\n", (unsigned long long) rows.n_hit,
+                (unsigned long long) (rows.n_hit + rows.n_miss));
+    }
 }

@@ -62,6 +62,8 @@ struct llama_fasa_index_cache {
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
         ggml_tensor * center; // F32, like dims; NULL if the calibration has none
+        ggml_tensor * row_state; // of the row cache, see ggml_fasa_new_row_state; NULL if there is none
+        ggml_tensor * rows;
         ggml_tensor * staging; // of ggml_fasa_staged, shared by the layers of a device; NULL if K and V are not in mapped memory
     };
 
@@ -89,13 +91,20 @@ struct llama_fasa_index_cache {
 
     llama_fasa_info info() const;
 
+    // Read from the devices, so not for every step.
+    llama_fasa_row_stats row_stats() const;
+
     llama_kv_cache &  kv;
     llama_fasa_config config; // but for the budget as at creation
     const int32_t     hadamard;
     llama_fasa_stats  stats = {};
 
 private:
-    size_t staging_size(const std::vector<size_t> & staged, uint64_t index_size) const;
+    // Lays out what a device holds for its layers with mapped K and V beside their index: row cache and staging.
+    // ctx_small: for what must outlive the KV cache's buffers.
+    void new_device_tensors(
+            ggml_context * ctx, ggml_context * ctx_small, const std::vector<size_t> & mapped, uint64_t index_size);
+    size_t staging_size(const std::vector<size_t> & mapped, int64_t n_head_max) const;
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
 
     std::vector<layer>                                 layers;
@@ -107,4 +116,5 @@ private:
     uint64_t kv_bytes     = 0;
     uint64_t mapped_bytes = 0;
     uint64_t staging_bytes = 0;
+    uint64_t rows_bytes    = 0;
 };

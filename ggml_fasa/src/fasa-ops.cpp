@@ -98,6 +98,31 @@ void ggml_fasa_index_write_set_center(ggml_tensor * write, ggml_tensor * center)
     write->src[GGML_FASA_WRITE_SRC_CENTER] = center;
 }
 
+ggml_tensor * ggml_fasa_new_row_state(ggml_context * ctx, int64_t n_rows, int64_t n_head_kv, int64_t n_stream) {
+    GGML_ASSERT(n_rows > 0);
+    return ggml_new_tensor_4d(ctx, GGML_TYPE_I32, GGML_FASA_ROW_STATE + 2*n_rows, 1, n_head_kv, n_stream);
+}
+
+void ggml_fasa_index_write_set_row_state(ggml_tensor * write, ggml_tensor * state) {
+    GGML_ASSERT(state->ne[2] == write->src[GGML_FASA_WRITE_SRC_DIMS]->ne[1]);
+
+    write->src[GGML_FASA_WRITE_SRC_ROW_STATE] = state;
+}
+
+void ggml_fasa_attn_set_row_cache(ggml_tensor * attn, ggml_tensor * state, ggml_tensor * rows) {
+    const ggml_tensor * k = attn->src[GGML_FASA_SRC_K];
+    const ggml_tensor * v = attn->src[GGML_FASA_SRC_V];
+
+    GGML_ASSERT(state->type == GGML_TYPE_I32 && rows->type == GGML_TYPE_F16);
+    GGML_ASSERT(rows->ne[0] == (state->ne[0] - GGML_FASA_ROW_STATE)*(k->ne[0] + v->ne[0]));
+    for (const ggml_tensor * t : { state, rows }) {
+        GGML_ASSERT(t->nb[0] == ggml_type_size(t->type) && t->ne[1] == 1 && t->ne[2] == k->ne[2] && t->ne[3] == k->ne[3]);
+    }
+
+    attn->src[GGML_FASA_SRC_ROW_STATE] = state;
+    attn->src[GGML_FASA_SRC_ROWS]      = rows;
+}
+
 // What attn and dense have in common.
 static ggml_tensor * fasa_attn_impl(
         ggml_context * ctx,

@@ -59,14 +59,18 @@ static double seconds() {
 // Shape of a case.
 struct shape {
     int64_t   d, n_head_kv, n_group, n_kv, budget, n_row, n_stream;
-    ggml_type type;
+    ggml_type type; // of K and V
+    int64_t   n_cached = 0; // rows of the row cache
     int64_t   n_cells() const { return GGML_PAD(n_kv, 256) + 256; }
     int64_t   n_head() const { return n_head_kv*n_group; }
 };
 
 // One graph on the GPU with K and V in memory of one kind. The same seed gives the same data in either kind.
 struct op_case {
-    static constexpr int64_t N_DIM = 32;
+    static constexpr int64_t N_DIM     = 32;
+    static constexpr int64_t N_WRITTEN = 5;
+
+    std::mt19937 gen;
 
     const shape & s;
     ggml_backend_ptr backend { ggml_backend_dev_init(gpu(), nullptr) };
@@ -74,7 +78,7 @@ struct op_case {
     ggml_context_ptr ctx_device { new_context() };
     ggml_backend_buffer_ptr buf_kv, buf_device;
 
-    ggml_tensor * k, * v, * index, * dims, * cells, * q, * mask, * sinks, * staging;
+    ggml_tensor * k, * v, * index, * dims, * cells, * q, * mask, * sinks, * staging, * written, * row_state = nullptr, * rows = nullptr;
     ggml_context_ptr ctx_graph;
     ggml_gallocr_ptr alloc;
 
@@ -95,6 +99,11 @@ struct op_case {
         sinks   = ggml_new_tensor_1d(dev, GGML_TYPE_F32, s.n_head());
         staging = ggml_new_tensor_1d(dev, GGML_TYPE_I8, ggml_fasa_staging_size(s.type, s.d, s.type, s.d, s.n_kv*s.n_stream,
                 ggml_fasa_staged_heads_max(s.n_head_kv), s.n_head_kv));
+        written = ggml_new_tensor_1d(dev, GGML_TYPE_I64, N_WRITTEN);
+        if (mapped && s.n_cached > 0) {
+            row_state = ggml_fasa_new_row_state(dev, s.n_cached, s.n_head_kv, s.n_stream);
+            rows      = ggml_new_tensor_4d(dev, GGML_TYPE_F16, 4*s.n_cached*s.d, 1, s.n_head_kv, s.n_stream);
+        }
 
         ggml_backend_buffer_type_t device = ggml_backend_dev_buffer_type(gpu());
         buf_kv.reset(ggml_backend_alloc_ctx_tensors_from_buft(kv, mapped ? ggml_fasa_mapped_buffer_type(gpu()) : device));
@@ -103,12 +112,12 @@ struct op_case {
             fail("no memory for a case");
         }
 
-        std::mt19937 gen(seed);
-        fill_normal(k, gen);
-        fill_normal(v, gen);
-        fill_normal(q, gen);
-        fill_normal(sinks, gen);
-        ggml_backend_tensor_memset(index, 0, 0, ggml_nbytes(index));
+        ggml_backend_buffer_clear(buf_device.get(), 0);
+        gen.seed(seed);
+        fill_normal(k);
+        fill_normal(v);
+        fill_normal(q);
+        fill_normal(sinks);
 
         std::vector<int32_t> dim(ggml_nelements(dims));
         for (size_t i = 0; i < dim.size(); ++i) {
@@ -130,12 +139,17 @@ struct op_case {
         ggml_backend_tensor_set(mask, m.data(), 0, ggml_nbytes(mask));
     }
 
-    static void fill_normal(ggml_tensor * t, std::mt19937 & gen) {
-        std::vector<float> values(ggml_nelements(t));
+    std::vector<float> normal(int64_t n) {
+        std::vector<float> values(n);
         std::normal_distribution<float> normal;
         for (float & x : values) {
             x = normal(gen);
         }
+        return values;
+    }
+
+    void fill_normal(ggml_tensor * t) {
+        const std::vector<float> values = normal(ggml_nelements(t));
         std::vector<char> data(ggml_nbytes(t));
         if (t->type == GGML_TYPE_F32) {
             memcpy(data.data(), values.data(), data.size());
@@ -150,7 +164,43 @@ struct op_case {
                 ggml_row_size(cache->type, s.d), cache->nb[2], 0);
     }
 
-    enum op { SPARSE, STAGED, FLASH };
+    // What lies between two steps: another query, much like the last, and other K and V in a few cells.
+    void go_on() {
+        std::vector<float> now(ggml_nelements(q));
+        ggml_backend_tensor_get(q, now.data(), 0, ggml_nbytes(q));
+        const std::vector<float> change = normal(now.size());
+        for (size_t i = 0; i < now.size(); ++i) {
+            now[i] += 0.3f*change[i];
+        }
+        ggml_backend_tensor_set(q, now.data(), 0, ggml_nbytes(q));
+
+        // one that is always selected, one that is selected if it is not hidden, others
+        std::vector<int64_t> ids(N_WRITTEN);
+        for (int64_t i = 0; i < N_WRITTEN; ++i) {
+            ids[i] = (gen()%s.n_stream)*s.n_cells() + (i == 0 ? s.n_kv - 1 : i == 1 ? gen()%4 : gen()%s.n_kv);
+            for (ggml_tensor * t : { k, v }) {
+                const std::vector<float> row = normal(t->ne[0]);
+                std::vector<ggml_fp16_t> half(row.size());
+                ggml_fp32_to_fp16_row(row.data(), half.data(), row.size());
+                ggml_backend_tensor_set(t, half.data(), ids[i]*t->nb[1], t->nb[1]);
+            }
+        }
+        ggml_backend_tensor_set(written, ids.data(), 0, ggml_nbytes(written));
+    }
+
+    // {hits, misses} of the row cache
+    std::pair<int64_t, int64_t> row_counts() const {
+        std::vector<int32_t> state(ggml_nelements(row_state));
+        ggml_backend_tensor_get(row_state, state.data(), 0, ggml_nbytes(row_state));
+        std::pair<int64_t, int64_t> sum;
+        for (size_t at = 0; at < state.size(); at += row_state->ne[0]) {
+            sum.first  += state[at + 4];
+            sum.second += state[at + 6];
+        }
+        return sum;
+    }
+
+    enum op { SPARSE, STEP, STAGED, FLASH };
 
     std::vector<float> run(op what) {
         ctx_graph.reset(new_context());
@@ -162,11 +212,18 @@ struct op_case {
         ggml_tensor * qp  = ggml_permute(ctx, q, 0, 2, 1, 3);
         ggml_tensor * out;
         switch (what) {
-            case SPARSE:
-                ggml_build_forward_expand(gf, ggml_fasa_index_write(ctx, k, cells, index, dims, GGML_FASA_INDEX_Q4, 0));
+            case SPARSE: // all cells are new
+            case STEP: { // a few are
+                ggml_tensor * write = ggml_fasa_index_write(ctx, k, what == STEP ? written : cells, index, dims, GGML_FASA_INDEX_Q4, 0);
                 out = ggml_fasa_attn(ctx, qp, heads(k), heads(v), mask, sinks, index, dims, scale, 0.0f, s.budget,
                         GGML_FASA_INDEX_Q4, 0);
+                if (row_state) {
+                    ggml_fasa_index_write_set_row_state(write, row_state);
+                    ggml_fasa_attn_set_row_cache(out, row_state, rows);
+                }
+                ggml_build_forward_expand(gf, write);
                 break;
+            }
             case STAGED:
                 out = ggml_fasa_staged(ctx, qp, heads(k), heads(v), mask, sinks, staging, scale, 0.0f);
                 break;
@@ -236,6 +293,27 @@ static int ops() {
         }
         const double error = nmse(on_device.run(op_case::SPARSE), in_host.run(op_case::SPARSE));
         check(s, "sparse", error == 0.0, error);
+    }
+
+    const shape cached[] = { // cells of the cache: all, all, fewer than the budget
+        { 128, 8, 4, 4096, 256, 1, 1, GGML_TYPE_F16, 256 },
+        {  64, 3, 3, 1024,  64, 1, 2, GGML_TYPE_F16,  64 },
+        {  96, 2, 8, 1024, 128, 1, 1, GGML_TYPE_F16,  96 },
+        {  64, 2, 16, 768, 100, 1, 1, GGML_TYPE_F16, 128 },
+    };
+    for (const shape & s : cached) {
+        op_case on_device(s, false, seed);
+        op_case in_host(s, true, seed);
+        double error = 0.0;
+        for (int step = 0; step < 16; ++step) {
+            const op_case::op what = step == 0 ? op_case::SPARSE : op_case::STEP;
+            error = std::max(error, nmse(on_device.run(what), in_host.run(what)));
+            on_device.go_on();
+            in_host.go_on();
+        }
+        const auto [n_hit, n_miss] = in_host.row_counts();
+        printf("%d rows from the cache, %d from the host\n", (int) n_hit, (int) n_miss);
+        check(s, "row cache", error == 0.0 && n_hit > n_miss/8 && n_hit + n_miss == 16*s.budget*s.n_head_kv*s.n_stream, error);
     }
     printf("%d/%d cases passed\n", n_case - n_bad, n_case);
     return n_bad == 0 ? 0 : 1;
@@ -355,6 +433,7 @@ static int run(const char * path, const settings & given) {
 
     const llama_fasa_info  info  = llama_fasa_get_info(ctx);
     const llama_fasa_stats stats = llama_fasa_get_stats(ctx);
+    const llama_fasa_row_stats rows = llama_fasa_get_row_stats(ctx);
 
     constexpr double MIB = 1 << 20;
     printf("{\"ran\": \"%s\", \"ctx\": %u, \"depth\": %d, \"n_gen\": %d, \"budget\": %d, \"index_type\": \"%s\", \"n_tip\": %d, "
@@ -363,8 +442,9 @@ static int run(const char * path, const settings & given) {
             ggml_fasa_index_type_name((ggml_fasa_index_type) info.index_type), info.n_tip_max, fasa.vram,
             s_prompt > 0.0 ? (depth - 1)/s_prompt : 0.0, n_timed > 0 ? n_timed/s_step : 0.0, s_context);
     printf("\"free_mib\": [%.1f, %.1f, %.1f, %.1f], \"context_mib\": %.1f, \"kv_mib\": %.1f, \"mapped_mib\": %.1f, "
-            "\"index_mib\": %.1f, \"staging_mib\": %.1f, ", at_start/MIB, with_model/MIB, with_context/MIB, at_end/MIB,
-            (with_model - at_end)/MIB, info.kv_bytes/MIB, info.mapped_bytes/MIB, info.index_bytes/MIB, info.staging_bytes/MIB);
+            "\"index_mib\": %.1f, \"staging_mib\": %.1f, \"rows_mib\": %.1f, ", at_start/MIB, with_model/MIB, with_context/MIB, at_end/MIB,
+            (with_model - at_end)/MIB, info.kv_bytes/MIB, info.mapped_bytes/MIB, info.index_bytes/MIB, info.staging_bytes/MIB, info.rows_bytes/MIB);
+    printf("\"n_row_hit\": %llu, \"n_row_miss\": %llu, ", (unsigned long long) rows.n_hit, (unsigned long long) rows.n_miss);
     printf("\"n_step_sparse\": %d, \"n_step_dense\": %d, \"logits\": \"%016llx\", \"tokens\": [", (int) stats.n_step_sparse,
             (int) stats.n_step_dense, (unsigned long long) hash);
     for (size_t i = 1; i < said.size(); ++i) {

@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Checks and measures FASA-M on a CUDA GPU and appends rows to docs/benchmarks/gpu.jsonl; 5 minutes on an H100.
+
+    ops        the op on K and V in mapped memory against K and V on the device, and staged against flash attention
+    speed      decode and prefill at a depth: dense, FASA-C and FASA-M
+    memory     what the KV cache takes of the device at the largest context, by the driver's figure, against dense; speed there
+    tokens     greedy decoding: FASA-M against FASA-C from the same state; save, restart, restore, continue
+    balloon    with the device's memory taken but for what the model and a little more need: dense must fail, FASA must run
+    fit        the same through llama-server and its automatic fitting, if that program is there
+    sanitizer  compute-sanitizer (memcheck, racecheck, initcheck) on ops
+
+Needs the programs of a build with -DGGML_CUDA=ON -DFASA_BUILD_TESTS=ON; the model, if there is none, is written by
+tools/random_gguf.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+from machine import ROOT, emit, gpu, row
+
+PARTS = ("ops", "speed", "memory", "tokens", "balloon", "fit", "sanitizer")
+LEAVE_MIB = 3584  # beside the model's weights, for everything a context takes of the device
+N_GEN = 68  # of which 4 are not timed
+
+
+class Failed(Exception):
+    pass
+
+
+class Bench:
+    def __init__(self, args):
+        self.args = args
+        self.program = str(pathlib.Path(args.bin) / "fasa-mapped")
+        self.env = dict(os.environ, LD_LIBRARY_PATH=f"{args.bin}:{os.environ.get('LD_LIBRARY_PATH', '')}")
+
+    def call(self, *command, check=True, timeout=280):
+        result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout)
+        if check and result.returncode != 0:
+            raise Failed(f"{' '.join(command)}: {result.stdout[-2000:]} {result.stderr[-2000:]}")
+        return result
+
+    def run(self, model=None, check=True, **settings):
+        """One context; what it printed as a dict, or its message if it failed and may."""
+        words = [f"{key}={value}" for key, value in settings.items()]
+        started = time.time()
+        result = self.call(self.program, "run", str(model or self.args.model), *words, check=check)
+        if result.returncode != 0:
+            return result.stderr.strip()
+        ran = json.loads(result.stdout)
+        shown = {key: value for key, value in ran.items() if key != "tokens"}
+        print(f"{' '.join(words)} ({time.time() - started:.0f} s): {json.dumps(shown)}", flush=True)
+        sys.stdout.write("".join(line for line in result.stderr.splitlines(True) if line.startswith("fasa:")))
+        return ran
+
+    def report(self, kind, ran, **more):
+        settings = {key: value for key, value in ran.items() if key not in ("tokens", "logits")}
+        emit(row(kind, self.args.model, gpu=gpu(), **settings, **more), self.args.out)
+
+    def ops(self):
+        result = self.call(self.program, "ops", check=False)
+        print(result.stdout, result.stderr)
+        if result.returncode != 0:
+            raise Failed("cases failed")
+        emit(row("mapped_check", gpu=gpu(), check="ops", result=result.stdout.splitlines()[-1]), self.args.out)
+
+    def speed(self):
+        for mode in ("off", "c", "m"):
+            self.report("mapped", self.run(mode=mode, depth=self.args.depth, gen=N_GEN), mode=mode)
+
+    def memory(self):
+        n_ctx, depth = self.args.ctx, self.args.ctx - N_GEN - 8
+
+        def share(m, dense):
+            """Device memory of the KV cache in M: what the context takes, less what dense takes beside K and V."""
+            beside = dense["context_mib"] - m["kv_mib"]
+            return {"kv_device_mib": round(m["context_mib"] - beside, 1), "dense_context_mib": dense["context_mib"],
+                    "kv_share": round((m["context_mib"] - beside) / m["kv_mib"], 4)}
+
+        dense = self.run(mode="off", ctx=n_ctx, depth=depth, gen=N_GEN)
+        self.report("mapped", dense, mode="off")
+        m = self.run(mode="m", ctx=n_ctx, depth=depth, gen=N_GEN)
+        self.report("mapped", m, mode="m", **share(m, dense))
+        print(f"q4 index: {share(m, dense)}")
+        dense = self.run(mode="off", ctx=n_ctx, depth=4096, gen=N_GEN)
+        m = self.run(model=self.args.model_f16, mode="m", index="f16", ctx=n_ctx, depth=4096, gen=N_GEN)
+        self.report("mapped", m, mode="m", **share(m, dense))
+        print(f"f16 index, {m['n_tip']} FCs: {share(m, dense)}")
+
+    def tokens(self):
+        with tempfile.TemporaryDirectory() as folder:
+            of = {mode: os.path.join(folder, mode) for mode in "cm"}
+            runs = {
+                "c": self.run(mode="c", depth=8192, gen=64, save=of["c"]),
+                "m": self.run(mode="m", depth=8192, gen=64, save=of["m"]),
+                "m from its own state": self.run(mode="m", depth=8192, gen=64, load=of["m"]),
+                "m from the state of c": self.run(mode="m", depth=8192, gen=64, load=of["c"]),
+                "c from the state of m": self.run(mode="c", depth=8192, gen=64, load=of["m"]),
+            }
+        pairs = (("m", "m from its own state"), ("c", "m from the state of c"), ("m", "c from the state of m"), ("c", "m"))
+        wrong = []
+        for a, b in pairs:
+            tokens = [runs[name]["tokens"] for name in (a, b)]
+            n_same = next((i for i, (x, y) in enumerate(zip(*tokens)) if x != y), len(tokens[0]))
+            bits = runs[a]["logits"] == runs[b]["logits"]
+            print(f"{a} against {b}: {n_same} of {len(tokens[0])} tokens the same, logits {'equal' if bits else 'differ'}")
+            result = f"{n_same}/{len(tokens[0])} tokens, logits {'equal' if bits else 'not equal'} bit by bit"
+            emit(row("mapped_check", self.args.model, gpu=gpu(), check=f"{a}, {b}", result=result), self.args.out)
+            if n_same < len(tokens[0]):
+                wrong.append(f"{a}, {b}")
+        if wrong:
+            raise Failed(f"other tokens: {'; '.join(wrong)}")
+
+    @contextlib.contextmanager
+    def held(self):
+        """Device memory taken by another process."""
+        leave = os.path.getsize(self.args.model) // 2**20 + LEAVE_MIB
+        process = subprocess.Popen([self.program, "balloon", str(leave)], env=self.env, stdout=subprocess.PIPE, text=True)
+        try:
+            print("balloon:", process.stdout.readline().strip(), flush=True)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def balloon(self):
+        with self.held():
+            dense = self.run(mode="off", ctx=self.args.ctx, depth=1024, gen=8, check=False)
+            if not isinstance(dense, str):
+                raise Failed("dense has started")
+            print("dense:", dense.splitlines()[-1] if dense else "failed")
+            m = self.run(mode="auto", ctx=self.args.ctx, depth=8192, gen=N_GEN)
+            if m["ran"] != "m":
+                raise Failed(f"auto chose {m['ran']}")
+            self.report("mapped", m, mode="auto", balloon=True)
+            emit(row("mapped_check", self.args.model, gpu=gpu(), check="device memory taken", result="dense fails, FASA-M runs"),
+                 self.args.out)
+
+    def fit(self):
+        server = pathlib.Path(self.args.bin) / "llama-server"
+        if not server.exists():
+            print("there is no llama-server")
+            return
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        options = ["-m", str(self.args.model), "-c", str(self.args.ctx), "--fasa", "on", "--fasa-budget", "256", "-fa", "on",
+                   "-np", "1", "--port", str(port), "--no-warmup"]
+        with self.held(), tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen([str(server), *options], env=self.env, stdout=log, stderr=log)
+            try:
+                url, until = f"http://127.0.0.1:{port}", time.time() + 120
+                while True:
+                    try:
+                        with urllib.request.urlopen(f"{url}/health", timeout=5):
+                            break
+                    except OSError:
+                        if process.poll() is not None or time.time() > until:
+                            raise Failed("llama-server did not start") from None
+                        time.sleep(0.5)
+                body = json.dumps({"prompt": "one two three " * 500, "n_predict": 32}).encode()
+                request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    timings = json.load(answer)["timings"]
+                print(f"llama-server answered: {timings}")
+            finally:
+                process.terminate()
+                process.wait(30)
+                log.seek(0)
+                lines = [line for line in log if re.search(r"fasa:|FASA|fit|error", line)]
+                print("".join(lines[-40:]))
+        ran = next((line for line in lines if "(FASA-M)" in line), None)
+        if not ran:
+            raise Failed("the log does not say FASA-M")
+        emit(row("mapped_check", self.args.model, gpu=gpu(), check="llama-server, device memory taken",
+                 result=f"FASA-M, {timings['predicted_per_second']:.0f} tok/s"), self.args.out)
+
+    def sanitizer(self):
+        for tool in ("memcheck", "racecheck", "initcheck"):
+            # the program copies whole tensors, also what nothing has written yet: only kernels are of interest
+            result = self.call("compute-sanitizer", "--tool", tool, "--check-api-memory-access", "no", "--error-exitcode", "1",
+                               self.program, "ops", check=False)
+            print(tool, result.stdout[-1500:], result.stderr[-500:])
+            if result.returncode != 0:
+                raise Failed(tool)
+            passed = re.search(r"\d+/\d+ cases passed", result.stdout)[0]
+            emit(row("mapped_check", gpu=gpu(), check=tool, result=passed), self.args.out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--bin", required=True, metavar="DIR", help="folder of fasa-mapped")
+    add("--model", default="/tmp/fasa-random-8b-sparse.gguf", help="calibrated, without dense layers (default: %(default)s)")
+    add("--model-f16", default="/tmp/fasa-random-8b-12.gguf", help="the same with 12 FCs, for an f16 index (default: %(default)s)")
+    add("--only", default=",".join(PARTS), metavar="PART,PART")
+    add("--ctx", type=int, default=131072, help="largest context (default: %(default)s)")
+    add("--depth", type=int, default=32768, help="depth of speed (default: %(default)s)")
+    add("--out", default=str(ROOT / "docs/benchmarks/gpu.jsonl"), metavar="JSONL")
+    args = parser.parse_args()
+    parts = args.only.split(",")
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"--only: there is no part '{part}'")
+    for model, n_tip in [(args.model, 16)] + [(args.model_f16, 12)]*("memory" in parts):
+        if not os.path.exists(model):
+            writer = [sys.executable, str(ROOT / "tools/random_gguf.py"), model, "--dense-layers", "0", "--n-tip", str(n_tip)]
+            subprocess.run(writer, check=True)
+    bench, failed = Bench(args), []
+    for part in parts:
+        print(f"== {part}", flush=True)
+        started = time.time()
+        try:
+            getattr(bench, part)()
+        except (Failed, subprocess.TimeoutExpired) as err:
+            print(f"error: {part}: {err}", file=sys.stderr)
+            failed.append(part)
+        print(f"== {part} took {time.time() - started:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"error: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
