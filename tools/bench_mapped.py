@@ -62,7 +62,20 @@ class Bench:
         sys.stdout.write("".join(line for line in result.stderr.splitlines(True) if line.startswith("fasa:")))
         return ran
 
+    def copy_rate(self):
+        """GB/s of a plain copy to the device."""
+        if not hasattr(self, "rate"):
+            self.rate = json.loads(self.call(self.program, "copy").stdout)["copy_gb_s"]
+        return self.rate
+
     def report(self, kind, ran, **more):
+        if ran["n_row_hit"] + ran["n_row_miss"] > 0:
+            bytes_per_step = ran["n_row_miss"] * ran["row_bytes"] / ran["n_step_sparse"]
+            more["row_hit_rate"] = round(ran["n_row_hit"] / (ran["n_row_hit"] + ran["n_row_miss"]), 4)
+            more["bus_bytes_per_step"] = round(bytes_per_step)
+            more["copy_gb_s"] = self.copy_rate()
+            more["bus_share"] = round(bytes_per_step * ran["decode_tok_s"] / 1e9 / self.copy_rate(), 4)
+            print({key: more[key] for key in ("row_hit_rate", "bus_bytes_per_step", "copy_gb_s", "bus_share")})
         settings = {key: value for key, value in ran.items() if key not in ("tokens", "logits")}
         emit(row(kind, self.args.model, gpu=gpu(), **settings, **more), self.args.out)
 

@@ -45,7 +45,7 @@ struct fac_row {
 
 // Dynamic shared memory of a block, in floats, each a multiple of 4.
 struct fac_layout {
-    size_t q, list, head, rows, part, total;
+    size_t q, list, head, part, rows, total;
 
     __host__ __device__ fac_layout(const attn_args & a) {
         const size_t parts  = (size_t) FAC_WARP*a.n_fac*a.d_v;
@@ -53,9 +53,9 @@ struct fac_layout {
         q     = 0;                                   // [n_slot][d_k]
         list  = q    + (size_t) a.n_slot*a.d_k;      // [list_len] cells
         head  = list + (size_t) (a.list_len + 3)/4*4; // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
-        rows  = head + (size_t) 2*a.n_fac*FAC_WARP;  // see row_shared
-        part  = rows + row_shared(a.rows, a.list_len); // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
-        total = part + (parts > shares ? parts : shares);
+        part  = head + (size_t) 2*a.n_fac*FAC_WARP;  // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
+        rows  = part + (parts > shares ? parts : shares); // see row_shared
+        total = rows + row_shared(a.rows, a.list_len);
     }
 };
 

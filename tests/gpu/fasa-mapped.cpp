@@ -3,6 +3,7 @@
 //
 //   fasa-mapped ops                        the op with K and V on the device and in mapped memory: same bits
 //   fasa-mapped run MODEL [KEY=VALUE...]   one context: speed, device memory by the driver's figure, tokens; a JSON line
+//   fasa-mapped copy                       rate of a plain copy from mapped memory to the device; a JSON line
 //   fasa-mapped balloon MIB                takes device memory until MIB are left, and holds it until it is killed
 //
 // Keys of run, all optional:
@@ -444,6 +445,7 @@ static int run(const char * path, const settings & given) {
     printf("\"free_mib\": [%.1f, %.1f, %.1f, %.1f], \"context_mib\": %.1f, \"kv_mib\": %.1f, \"mapped_mib\": %.1f, "
             "\"index_mib\": %.1f, \"staging_mib\": %.1f, \"rows_mib\": %.1f, ", at_start/MIB, with_model/MIB, with_context/MIB, at_end/MIB,
             (with_model - at_end)/MIB, info.kv_bytes/MIB, info.mapped_bytes/MIB, info.index_bytes/MIB, info.staging_bytes/MIB, info.rows_bytes/MIB);
+    printf("\"row_bytes\": %.1f, ", (double) info.kv_bytes/llama_n_ctx(ctx)/llama_model_n_layer(model)/llama_model_n_head_kv(model));
     printf("\"n_row_hit\": %llu, \"n_row_miss\": %llu, ", (unsigned long long) rows.n_hit, (unsigned long long) rows.n_miss);
     printf("\"n_step_sparse\": %d, \"n_step_dense\": %d, \"logits\": \"%016llx\", \"tokens\": [", (int) stats.n_step_sparse,
             (int) stats.n_step_dense, (unsigned long long) hash);
@@ -454,6 +456,27 @@ static int run(const char * path, const settings & given) {
 
     llama_free(ctx);
     llama_model_free(model);
+    return 0;
+}
+
+static int copy() {
+    constexpr int64_t SIZE = 256 << 20;
+    ggml_context_ptr ctx_host(op_case::new_context()), ctx_device(op_case::new_context());
+    ggml_tensor * host   = ggml_new_tensor_1d(ctx_host.get(),   GGML_TYPE_I8, SIZE);
+    ggml_tensor * device = ggml_new_tensor_1d(ctx_device.get(), GGML_TYPE_I8, SIZE);
+    ggml_backend_buffer_ptr buf_host(ggml_backend_alloc_ctx_tensors_from_buft(ctx_host.get(), ggml_fasa_mapped_buffer_type(gpu())));
+    ggml_backend_buffer_ptr buf_device(ggml_backend_alloc_ctx_tensors_from_buft(ctx_device.get(), ggml_backend_dev_buffer_type(gpu())));
+    if (!buf_host || !buf_device) {
+        fail("no memory for a copy");
+    }
+    memset(host->data, 1, SIZE);
+    double best = 0.0;
+    for (int i = 0; i < 8; ++i) {
+        const double start = seconds();
+        ggml_backend_tensor_set(device, host->data, 0, SIZE);
+        best = std::max(best, SIZE/(seconds() - start));
+    }
+    printf("{\"copy_gb_s\": %.1f}\n", best/1e9);
     return 0;
 }
 
@@ -481,6 +504,9 @@ int main(int argc, char ** argv) {
     if (what == "ops" && argc == 2) {
         return ops();
     }
+    if (what == "copy" && argc == 2) {
+        return copy();
+    }
     if (what == "balloon" && argc == 3) {
         return balloon((size_t) atoll(argv[2]) << 20);
     }
@@ -495,5 +521,5 @@ int main(int argc, char ** argv) {
         }
         return run(argv[2], given);
     }
-    fail("expected ops, run MODEL [KEY=VALUE...] or balloon MIB");
+    fail("expected ops, run MODEL [KEY=VALUE...], copy or balloon MIB");
 }
