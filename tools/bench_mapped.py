@@ -3,9 +3,9 @@
 
     ops        the op on K and V in mapped memory against K and V on the device, and staged against flash attention
     speed      decode and prefill at a depth: dense, FASA-C and FASA-M
-    memory     what the KV cache takes of the device at the largest context, by the driver's figure, against dense; speed there
+    memory     what the KV cache takes of the device at the largest context by the driver's figure, and speed there
     tokens     greedy decoding: FASA-M against FASA-C from the same state; save, restart, restore, continue
-    balloon    with the device's memory taken but for what the model and a little more need: dense must fail, FASA must run
+    balloon    with all but a little of the device's memory taken by another process: dense must fail, FASA must run
     fit        the same through llama-server and its automatic fitting, if that program is there
     sanitizer  compute-sanitizer (memcheck, racecheck, initcheck) on ops
 
@@ -68,7 +68,7 @@ class Bench:
             self.rate = json.loads(self.call(self.program, "copy").stdout)["copy_gb_s"]
         return self.rate
 
-    def report(self, kind, ran, **more):
+    def report(self, ran, **more):
         if ran["n_row_hit"] + ran["n_row_miss"] > 0:
             bytes_per_step = ran["n_row_miss"] * ran["row_bytes"] / ran["n_step_sparse"]
             more["row_hit_rate"] = round(ran["n_row_hit"] / (ran["n_row_hit"] + ran["n_row_miss"]), 4)
@@ -77,18 +77,21 @@ class Bench:
             more["bus_share"] = round(bytes_per_step * ran["decode_tok_s"] / 1e9 / self.copy_rate(), 4)
             print({key: more[key] for key in ("row_hit_rate", "bus_bytes_per_step", "copy_gb_s", "bus_share")})
         settings = {key: value for key, value in ran.items() if key not in ("tokens", "logits")}
-        emit(row(kind, self.args.model, gpu=gpu(), **settings, **more), self.args.out)
+        emit(row("mapped", self.args.model, gpu=gpu(), **settings, **more), self.args.out)
+
+    def note(self, check, result):
+        emit(row("mapped_check", self.args.model, gpu=gpu(), check=check, result=result), self.args.out)
 
     def ops(self):
         result = self.call(self.program, "ops", check=False)
         print(result.stdout, result.stderr)
         if result.returncode != 0:
             raise Failed("cases failed")
-        emit(row("mapped_check", gpu=gpu(), check="ops", result=result.stdout.splitlines()[-1]), self.args.out)
+        self.note("ops", result.stdout.splitlines()[-1])
 
     def speed(self):
         for mode in ("off", "c", "m"):
-            self.report("mapped", self.run(mode=mode, depth=self.args.depth, gen=N_GEN), mode=mode)
+            self.report(self.run(mode=mode, depth=self.args.depth, gen=N_GEN), mode=mode)
 
     def memory(self):
         n_ctx, depth = self.args.ctx, self.args.ctx - N_GEN - 8
@@ -96,17 +99,20 @@ class Bench:
         def share(m, dense):
             """Device memory of the KV cache in M: what the context takes, less what dense takes beside K and V."""
             beside = dense["context_mib"] - m["kv_mib"]
-            return {"kv_device_mib": round(m["context_mib"] - beside, 1), "dense_context_mib": dense["context_mib"],
-                    "kv_share": round((m["context_mib"] - beside) / m["kv_mib"], 4)}
+            return {
+                "kv_device_mib": round(m["context_mib"] - beside, 1),
+                "dense_context_mib": dense["context_mib"],
+                "kv_share": round((m["context_mib"] - beside) / m["kv_mib"], 4),
+            }
 
         dense = self.run(mode="off", ctx=n_ctx, depth=depth, gen=N_GEN)
-        self.report("mapped", dense, mode="off")
+        self.report(dense, mode="off")
         m = self.run(mode="m", ctx=n_ctx, depth=depth, gen=N_GEN)
-        self.report("mapped", m, mode="m", **share(m, dense))
+        self.report(m, mode="m", **share(m, dense))
         print(f"q4 index: {share(m, dense)}")
         dense = self.run(mode="off", ctx=n_ctx, depth=4096, gen=N_GEN)
         m = self.run(model=self.args.model_f16, mode="m", index="f16", ctx=n_ctx, depth=4096, gen=N_GEN)
-        self.report("mapped", m, mode="m", **share(m, dense))
+        self.report(m, mode="m", **share(m, dense))
         print(f"f16 index, {m['n_tip']} FCs: {share(m, dense)}")
 
     def tokens(self):
@@ -119,15 +125,20 @@ class Bench:
                 "m from the state of c": self.run(mode="m", depth=8192, gen=64, load=of["c"]),
                 "c from the state of m": self.run(mode="c", depth=8192, gen=64, load=of["m"]),
             }
-        pairs = (("m", "m from its own state"), ("c", "m from the state of c"), ("m", "c from the state of m"), ("c", "m"))
+        pairs = (
+            ("m", "m from its own state"),
+            ("c", "m from the state of c"),
+            ("m", "c from the state of m"),
+            ("c", "m"),
+        )
         wrong = []
         for a, b in pairs:
             tokens = [runs[name]["tokens"] for name in (a, b)]
             n_same = next((i for i, (x, y) in enumerate(zip(*tokens)) if x != y), len(tokens[0]))
             bits = runs[a]["logits"] == runs[b]["logits"]
-            print(f"{a} against {b}: {n_same} of {len(tokens[0])} tokens the same, logits {'equal' if bits else 'differ'}")
-            result = f"{n_same}/{len(tokens[0])} tokens, logits {'equal' if bits else 'not equal'} bit by bit"
-            emit(row("mapped_check", self.args.model, gpu=gpu(), check=f"{a}, {b}", result=result), self.args.out)
+            result = f"{n_same}/{len(tokens[0])} the same, logits {'equal' if bits else 'not equal'} bit by bit"
+            print(f"tokens of {a} and {b}: {result}")
+            self.note(f"tokens of {a} and {b}", result)
             if n_same < len(tokens[0]):
                 wrong.append(f"{a}, {b}")
         if wrong:
@@ -137,7 +148,9 @@ class Bench:
     def held(self):
         """Device memory taken by another process."""
         leave = os.path.getsize(self.args.model) // 2**20 + LEAVE_MIB
-        process = subprocess.Popen([self.program, "balloon", str(leave)], env=self.env, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [self.program, "balloon", str(leave)], env=self.env, stdout=subprocess.PIPE, text=True
+        )
         try:
             print("balloon:", process.stdout.readline().strip(), flush=True)
             yield
@@ -154,9 +167,8 @@ class Bench:
             m = self.run(mode="auto", ctx=self.args.ctx, depth=8192, gen=N_GEN)
             if m["ran"] != "m":
                 raise Failed(f"auto chose {m['ran']}")
-            self.report("mapped", m, mode="auto", balloon=True)
-            emit(row("mapped_check", self.args.model, gpu=gpu(), check="device memory taken", result="dense fails, FASA-M runs"),
-                 self.args.out)
+            self.report(m, mode="auto", balloon=True)
+            self.note("device memory taken", "dense fails, FASA-M runs")
 
     def fit(self):
         server = pathlib.Path(self.args.bin) / "llama-server"
@@ -166,10 +178,11 @@ class Bench:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        options = ["-m", str(self.args.model), "-c", str(self.args.ctx), "--fasa", "on", "--fasa-budget", "256", "-fa", "on",
-                   "-np", "1", "--port", str(port), "--no-warmup"]
+        options = f"-c {self.args.ctx} --fasa on --fasa-budget 256 -fa on -np 1 --port {port} --no-warmup".split()
         with self.held(), tempfile.TemporaryFile("w+") as log:
-            process = subprocess.Popen([str(server), *options], env=self.env, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [str(server), "-m", str(self.args.model), *options], env=self.env, stdout=log, stderr=log
+            )
             try:
                 url, until = f"http://127.0.0.1:{port}", time.time() + 120
                 while True:
@@ -194,27 +207,70 @@ class Bench:
         ran = next((line for line in lines if "(FASA-M)" in line), None)
         if not ran:
             raise Failed("the log does not say FASA-M")
-        emit(row("mapped_check", self.args.model, gpu=gpu(), check="llama-server, device memory taken",
-                 result=f"FASA-M, {timings['predicted_per_second']:.0f} tok/s"), self.args.out)
+        self.note("device memory taken, llama-server", f"FASA-M, {timings['predicted_per_second']:.0f} tok/s")
 
     def sanitizer(self):
         for tool in ("memcheck", "racecheck", "initcheck"):
             # the program copies whole tensors, also what nothing has written yet: only kernels are of interest
-            result = self.call("compute-sanitizer", "--tool", tool, "--check-api-memory-access", "no", "--error-exitcode", "1",
-                               self.program, "ops", check=False)
+            options = f"--tool {tool} --check-api-memory-access no --error-exitcode 1".split()
+            result = self.call("compute-sanitizer", *options, self.program, "ops", check=False)
             print(tool, result.stdout[-1500:], result.stderr[-500:])
             if result.returncode != 0:
                 raise Failed(tool)
             passed = re.search(r"\d+/\d+ cases passed", result.stdout)[0]
-            emit(row("mapped_check", gpu=gpu(), check=tool, result=passed), self.args.out)
+            self.note(f"ops, compute-sanitizer {tool}", passed)
+
+
+def table(rows):
+    """Markdown: a line for each context."""
+    lines = [
+        "| mode | context | depth | index | prompt tok/s | decode tok/s | device memory of the context, MiB "
+        "| of the KV cache, MiB (share) | row cache hits | MB a step over the bus (share of a copy's rate) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        sparse = r["ran"] != "off"
+        name = {"off": "dense"}.get(r["ran"], f"FASA-{r['ran'].upper()}, budget {r['budget']}")
+        bound = f", {r['vram']} MiB" if r["vram"] else ""
+        name += ", chosen; memory taken" if r.get("balloon") else bound
+        cells = [
+            name,
+            r["ctx"],
+            r["depth"],
+            f"{r['index_type']}, {r['n_tip']} FCs" if sparse else "",
+            r["prompt_tok_s"],
+            r["decode_tok_s"],
+            r["context_mib"],
+        ]
+        cells.append(f"{r['kv_device_mib']:.0f} (1/{1 / r['kv_share']:.1f})" if "kv_share" in r else "")
+        if "row_hit_rate" in r:
+            bus = f"{r['bus_bytes_per_step'] / 1e6:.1f} ({100 * r['bus_share']:.0f} % of {r['copy_gb_s']} GB/s)"
+            cells += [f"{100 * r['row_hit_rate']:.0f} %", bus]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def checks_table(rows):
+    """Markdown: a line for each check."""
+    return "\n".join(["| check | result |", "|---|---|"] + [f"| {r['check']} | {r['result']} |" for r in rows])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bin", required=True, metavar="DIR", help="folder of fasa-mapped")
-    add("--model", default="/tmp/fasa-random-8b-sparse.gguf", help="calibrated, without dense layers (default: %(default)s)")
-    add("--model-f16", default="/tmp/fasa-random-8b-12.gguf", help="the same with 12 FCs, for an f16 index (default: %(default)s)")
+    add(
+        "--model",
+        default="/tmp/fasa-random-8b-sparse.gguf",
+        help="calibrated, without dense layers (default: %(default)s)",
+    )
+    add(
+        "--model-f16",
+        default="/tmp/fasa-random-8b-12.gguf",
+        help="the same with 12 FCs, for an f16 index (default: %(default)s)",
+    )
     add("--only", default=",".join(PARTS), metavar="PART,PART")
     add("--ctx", type=int, default=131072, help="largest context (default: %(default)s)")
     add("--depth", type=int, default=32768, help="depth of speed (default: %(default)s)")
@@ -224,10 +280,10 @@ def main():
     for part in parts:
         if part not in PARTS:
             parser.error(f"--only: there is no part '{part}'")
-    for model, n_tip in [(args.model, 16)] + [(args.model_f16, 12)]*("memory" in parts):
+    for model, n_tip in [(args.model, 16)] + [(args.model_f16, 12)] * ("memory" in parts):
         if not os.path.exists(model):
-            writer = [sys.executable, str(ROOT / "tools/random_gguf.py"), model, "--dense-layers", "0", "--n-tip", str(n_tip)]
-            subprocess.run(writer, check=True)
+            options = f"--dense-layers 0 --n-tip {n_tip}".split()
+            subprocess.run([sys.executable, str(ROOT / "tools/random_gguf.py"), model, *options], check=True)
     bench, failed = Bench(args), []
     for part in parts:
         print(f"== {part}", flush=True)
