@@ -8,7 +8,7 @@
 //
 // Keys of run, all optional:
 //   mode=off|c|m|auto  budget=N  index=f16|q8|q4  vram=MIB  ctx=N  depth=N (tokens of the prompt)  gen=N  ubatch=N
-//   type=f16|q8_0 (of K and V)  offload=0|1 (of the KV cache)  save=FILE, load=FILE (the state after the prompt)
+//   text=FILE (the prompt, again and again up to depth; else random tokens)  type=f16|q8_0 (of K and V)  offload=0|1 (of the KV cache)  save=FILE, load=FILE (the state after the prompt)
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -24,6 +24,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <random>
 #include <string>
@@ -338,6 +340,18 @@ static void decode(llama_context * ctx, llama_token * tokens, int32_t n) {
     }
 }
 
+static std::vector<llama_token> tokens_of(const llama_vocab * vocab, const std::string & path) {
+    std::ifstream file(path);
+    const std::string text { std::istreambuf_iterator<char>(file), {} };
+    std::vector<llama_token> tokens(text.size() + 1);
+    const int32_t n = llama_tokenize(vocab, text.data(), text.size(), tokens.data(), tokens.size(), true, false);
+    if (!file || n <= 0) {
+        fail("there is no text in " + path);
+    }
+    tokens.resize(n);
+    return tokens;
+}
+
 static int run(const char * path, const settings & given) {
     const std::string mode   = word(given, "mode", "auto");
     const int64_t     depth  = number(given, "depth", 1024);
@@ -383,11 +397,19 @@ static int run(const char * path, const settings & given) {
     const double s_context    = seconds() - t_context;
     const size_t with_context = free_memory();
 
-    const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
-    std::mt19937 gen(1);
+    const llama_vocab * vocab   = llama_model_get_vocab(model);
+    const int32_t       n_vocab = llama_vocab_n_tokens(vocab);
     std::vector<llama_token> prompt(depth);
-    for (llama_token & token : prompt) {
-        token = 300 + gen()%std::min(n_vocab - 300, 30000);
+    if (given.count("text")) {
+        const std::vector<llama_token> text = tokens_of(vocab, given.at("text"));
+        for (int64_t i = 0; i < depth; ++i) {
+            prompt[i] = text[i%text.size()];
+        }
+    } else {
+        std::mt19937 gen(1);
+        for (llama_token & token : prompt) {
+            token = 300 + gen()%std::min(n_vocab - 300, 30000);
+        }
     }
 
     // all but the last token, which every run decodes alone
@@ -411,6 +433,7 @@ static int run(const char * path, const settings & given) {
     }
 
     std::vector<llama_token> said = { prompt.back() };
+    std::vector<float> gaps; // between the likeliest token's logit and the next
     uint64_t hash    = 1469598103934665603ull; // FNV-1a of all logits
     double   s_step  = 0.0;
     int64_t  n_timed = 0;
@@ -428,7 +451,13 @@ static int run(const char * path, const settings & given) {
             memcpy(&bits, logits + j, sizeof(bits));
             hash = (hash ^ bits)*1099511628211ull;
         }
-        said.push_back(std::max_element(logits, logits + n_vocab) - logits);
+        const int32_t best = std::max_element(logits, logits + n_vocab) - logits;
+        float gap = INFINITY;
+        for (int32_t j = 0; j < n_vocab; ++j) {
+            gap = j == best ? gap : std::min(gap, logits[best] - logits[j]);
+        }
+        said.push_back(best);
+        gaps.push_back(gap);
     }
     const size_t at_end = free_memory();
 
@@ -451,6 +480,10 @@ static int run(const char * path, const settings & given) {
             (int) stats.n_step_dense, (unsigned long long) hash);
     for (size_t i = 1; i < said.size(); ++i) {
         printf("%s%d", i > 1 ? ", " : "", said[i]);
+    }
+    printf("], \"gaps\": [");
+    for (size_t i = 0; i < gaps.size(); ++i) {
+        printf("%s%.4f", i > 0 ? ", " : "", gaps[i]);
     }
     printf("]}\n");
 
