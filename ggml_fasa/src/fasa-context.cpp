@@ -352,7 +352,8 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     }
 
     if (params.variant == LLAMA_FASA_VARIANT_M && !llama_fasa_support::mapped(kv)) {
-        throw std::runtime_error("FASA: mode m needs a CUDA device that serves sparse layers and their KV cache (-ngl, no -nkvo)");
+        throw std::runtime_error("FASA: mode m needs a CUDA device that serves sparse layers, their KV cache and flash "
+                "attention over it (-ngl, no -nkvo)");
     }
 
     llama_fasa_index_cache * fasa = llama_fasa_support::attach(*kv, *md, config);
