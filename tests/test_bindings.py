@@ -23,6 +23,7 @@ FLAGS = [
     "--fasa-max-batch",
     "--fasa-index-type",
     "--fasa-mode",
+    "--fasa-vram",
     "--fasa-file",
 ]
 # about 300 tokens: the cache is looked at in steps of 256, and must be larger than the budget for a sparse step
@@ -148,7 +149,7 @@ def test_declarations_are_those_of_the_headers() -> None:
 
 
 def fields(c: object) -> dict[str, int]:
-    return {name: getattr(c, name) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type")}
+    return {name: getattr(c, name) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "vram")}
 
 
 def test_unset_settings_are_left_to_the_library() -> None:
@@ -156,9 +157,9 @@ def test_unset_settings_are_left_to_the_library() -> None:
 
 
 def test_settings_reach_c() -> None:
-    c = fasa.FasaParams(True, budget=100, n_sink=0, n_recent=7, max_batch=3, index_type="q8").to_c()
+    given = {"budget": 100, "n_sink": 0, "n_recent": 7, "max_batch": 3, "vram": 900}
     on, q8 = _native.llama().LLAMA_FASA_MODE_ON, _native.llama().GGML_FASA_INDEX_Q8
-    assert fields(c) == {"mode": on, "budget": 100, "n_sink": 0, "n_recent": 7, "max_batch": 3, "index_type": q8}
+    assert fields(fasa.FasaParams(True, index_type="q8", **given).to_c()) == {"mode": on, "index_type": q8, **given}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,8 @@ def test_settings_reach_c() -> None:
         {"index_type": "q5"},
         {"index_type": 2},
         {"variant": "x"},
+        {"vram": 0},
+        {"vram": 1.5},
     ],
     ids=str,
 )
@@ -275,8 +278,10 @@ def test_mode_m_needs_a_cuda_device(calibrated: Path) -> None:
 
 def test_modes_c_and_auto_without_a_device(calibrated: Path) -> None:
     for mode in ("c", "auto"):
-        info = load(calibrated, fasa=True, fasa_budget=64, fasa_mode=mode, n_gpu_layers=0).fasa_info()
-        assert info.active and info.mapped_bytes == 0
+        llm = load(calibrated, fasa=True, fasa_budget=64, fasa_mode=mode, fasa_vram=100, n_gpu_layers=0)
+        info = llm.fasa_info()
+        assert info.active and info.mapped_bytes == info.staging_bytes == info.rows_bytes == 0
+        assert llm.fasa_row_stats() == fasa.FasaRowStats(0, 0)
 
 
 @pytest.mark.parametrize("index_type", ["f16", "q8", "q4"])

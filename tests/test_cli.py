@@ -23,6 +23,8 @@ BAD = [
     ("--fasa-index-type", "q5"),
     ("--fasa-index-type", "F16"),
     ("--fasa-mode", "on"),
+    ("--fasa-vram", "0"),
+    ("--fasa-vram", "1GiB"),
 ]
 TOOLS = ["llama-cli", "llama-server", "llama-perplexity", "llama-bench"]
 

@@ -241,7 +241,8 @@ def test_contexts_that_cannot(plain, tmp_path, more, sentence):
     [((3, 0, -1, -1, 0, -1), "mode"), ((-1, 0, -1, -1, 0, -1), "mode"), ((2, -1, -1, -1, 0, -1), "budget"),
      ((2, 2**24 + 1, -1, -1, 0, -1), "budget"), ((2, 0, -2, -1, 0, -1), "n_sink"), ((2, 0, -1, -2, 0, -1), "n_recent"),
      ((2, 0, -1, -1, -1, -1), "max_batch"), ((2, 0, -1, 2**31 - 1, 0, -1), "n_recent"),
-     ((2, 0, -1, -1, 0, -2), "index_type"), ((2, 0, -1, -1, 0, 3), "index_type")],
+     ((2, 0, -1, -1, 0, -2), "index_type"), ((2, 0, -1, -1, 0, 3), "index_type"), ((2, 0, -1, -1, 0, -1, 3), "variant"),
+     ((2, 0, -1, -1, 0, -1, 0, -1), "vram")],
 )  # fmt: skip
 def test_params_out_of_range_change_nothing(params, name):
     ffi, lib = fasa_api()

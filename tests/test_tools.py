@@ -138,6 +138,12 @@ def made_up_rows():
             times.update(gb_s=1, share_of_read=0.05)
             yield {**common, "n_kv": n_kv, "stage": stage, "index_type": index_type, "budget": 256, **times}
     yield {**base, "gpu": "some GPU", "kind": "ops", "passed": "12/12"}
+    mapped = {**base, "gpu": "some GPU", "kind": "mapped", "model": "some.gguf", "ctx": 512, "depth": 500, "budget": 256}
+    mapped.update(index_type="q4", n_tip=16, vram=0, prompt_tok_s=1.0, decode_tok_s=2.0, context_mib=600.0)
+    yield {**mapped, "ran": "off"}
+    bus = {"row_hit_rate": 0.75, "bus_bytes_per_step": 8e6, "bus_share": 0.1, "copy_gb_s": 50.0}
+    yield {**mapped, **bus, "ran": "m", "kv_device_mib": 60.0, "kv_share": 0.05}
+    yield {**base, "gpu": "some GPU", "kind": "mapped_check", "check": "memcheck", "result": "3/3"}
 
 
 @pytest.fixture
@@ -158,6 +164,8 @@ def test_plot_benchmarks(benchmarks):
     assert "|  | 8000 | 256 q8 | 70.00 (70.00 to 70.00) | 7.00 | 0.78 |" in text
     assert "| 64 | 131072 | 2 | fasa | q8 | 256 | 8192.0 (8192.0 to 8192.0) | 1.00 | 5% | 16.00 |" in text
     assert "| test-backend-ops | 12/12 |" in text
+    assert "| dense | 512 | 500 |  | 1.0 | 2.0 | 600.0 |  |  |  |" in text
+    assert "| 60 (1/20.0) | 75 % | 8.0 (10 % of 50.0 GB/s) |" in text and "| memcheck | 3/3 |" in text
     assert run("plot_benchmarks.py", "--dir", benchmarks).returncode == 0
     assert pictures == {path.name: path.read_bytes() for path in benchmarks.glob("*.png")}
 
@@ -172,7 +180,7 @@ def test_plot_benchmarks_names_a_bad_line(benchmarks):
     with (benchmarks / "made-up.jsonl").open("a") as file:
         file.write('{"kind": "guess"}\n')
     done = run("plot_benchmarks.py", "--dir", benchmarks)
-    assert done.returncode == 1 and "made-up.jsonl line 10" in done.stderr
+    assert done.returncode == 1 and "made-up.jsonl line 13" in done.stderr
 
 
 def test_benchmarks_page_is_up_to_date():

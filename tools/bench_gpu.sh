@@ -55,7 +55,7 @@ done
 if [ -n "$build" ]; then
     cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFASA_BUILD_TESTS=ON \
         -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-90}"
-    cmake --build "$build" --parallel --target llama-bench test-backend-ops
+    cmake --build "$build" --parallel --target llama-bench test-backend-ops fasa-mapped
     bin=$build/bin
     # gguf, where it is not installed
     upstream=$(sed -n 's/^FASA_LLAMA_CPP_DIR:PATH=//p' "$build/CMakeCache.txt")

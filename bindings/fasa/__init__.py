@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _stock
-from .config import FasaInfo, FasaParams, FasaStats
+from .config import FasaInfo, FasaParams, FasaRowStats, FasaStats
 from .errors import (
     FasaConfigError,
     FasaContextError,
@@ -39,6 +39,7 @@ __all__ = [
     "FasaInfo",
     "FasaMetadataError",
     "FasaParams",
+    "FasaRowStats",
     "FasaStats",
     "FasaUncalibratedError",
     "FasaVersionError",

@@ -42,6 +42,7 @@ struct llama_fasa_params {
     int32_t max_batch;
     int32_t index_type;
     int32_t variant;
+    int32_t vram;
 };
 
 struct llama_fasa_info {
@@ -58,6 +59,8 @@ struct llama_fasa_info {
     uint64_t index_bytes;
     uint64_t kv_bytes;
     uint64_t mapped_bytes;
+    uint64_t staging_bytes;
+    uint64_t rows_bytes;
 };
 
 struct llama_fasa_stats {
@@ -67,6 +70,11 @@ struct llama_fasa_stats {
     uint64_t n_row_sparse;
     uint64_t n_index_rebuild;
     uint64_t n_step_mixed;
+};
+
+struct llama_fasa_row_stats {
+    uint64_t n_hit;
+    uint64_t n_miss;
 };
 
 struct llama_fasa_params llama_fasa_default_params(void);
@@ -93,6 +101,8 @@ int32_t llama_fasa_check_budget(const struct llama_context * ctx, int32_t budget
 
 struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 void                    llama_fasa_reset_stats(      struct llama_context * ctx);
+
+struct llama_fasa_row_stats llama_fasa_get_row_stats(struct llama_context * ctx);
 
 void llama_fasa_print_stats(const struct llama_context * ctx);
 

@@ -26,6 +26,7 @@ class FasaParams:
         index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
         variant: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, CUDA only) or "auto" (c if
             it fits into the memory of the device, else m).
+        vram: MiB of each device's memory that variant m may take for the KV cache; at least 1, None for no bound.
     """
 
     mode: Mode = "auto"
@@ -35,6 +36,7 @@ class FasaParams:
     max_batch: int | None = None
     index_type: str | None = None
     variant: str = "auto"
+    vram: int | None = None
 
     def to_c(self) -> Any:
         """A new ``struct llama_fasa_params *``; FasaConfigError for a value that C could take for "not set"."""
@@ -44,7 +46,7 @@ class FasaParams:
             raise FasaConfigError(f"fasa must be True, False or 'auto', not {self.mode!r}")
         c = ffi.new("struct llama_fasa_params *", lib.llama_fasa_default_params())
         c.mode = modes[self.mode]
-        for name, least in (("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1)):
+        for name, least in (("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1), ("vram", 1)):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -86,6 +88,8 @@ class FasaInfo:
     index_bytes: int
     kv_bytes: int
     mapped_bytes: int
+    staging_bytes: int
+    rows_bytes: int
 
     @classmethod
     def from_c(cls, c: Any) -> FasaInfo:
@@ -109,4 +113,17 @@ class FasaStats:
     @classmethod
     def from_c(cls, c: Any) -> FasaStats:
         stats: FasaStats = _from_c(cls, c)
+        return stats
+
+
+@dataclass(frozen=True)
+class FasaRowStats:
+    """Rows of K and V that mode m selected since the context was made; ``struct llama_fasa_row_stats``."""
+
+    n_hit: int
+    n_miss: int
+
+    @classmethod
+    def from_c(cls, c: Any) -> FasaRowStats:
+        stats: FasaRowStats = _from_c(cls, c)
         return stats

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import _native, _stock
-from .config import FasaInfo, FasaParams, FasaStats, Mode
+from .config import FasaInfo, FasaParams, FasaRowStats, FasaStats, Mode
 from .errors import FasaConfigError, FasaContextError, FasaError, FasaMetadataError, FasaUncalibratedError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
         fasa_mode: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, of which a CUDA device
             reads the selected tokens only) or "auto" (c if it fits into the memory of the device, else m).
+        fasa_vram: MiB of each device's memory that mode m may take for the KV cache.
         fasa_file: the sidecar with the model's calibration; None: the model itself, else the sidecar beside it.
         **kwargs: of `llama_cpp.Llama`. flash_attn, which FASA needs, is switched on if FASA is going to run and it is
             not given.
@@ -58,10 +59,13 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_max_batch: int | None = None,
         fasa_index_type: str | None = None,
         fasa_mode: str = "auto",
+        fasa_vram: int | None = None,
         fasa_file: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._fasa = FasaParams(fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode)
+        self._fasa = FasaParams(
+            fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode, fasa_vram
+        )
         self._fasa_file = None if fasa_file is None else os.fspath(fasa_file)
         params = self._fasa.to_c()
         self._fasa_flash_attn: bool | None = kwargs.pop("flash_attn", None)
@@ -146,6 +150,10 @@ class Llama(_StockLlama):  # type: ignore[misc]
         """How many steps ran sparse and dense so far."""
         return FasaStats.from_c(_native.llama().llama_fasa_get_stats(self._fasa_context()))
 
+    def fasa_row_stats(self) -> FasaRowStats:
+        """How many of the selected rows of K and V mode m found on the device, and how many it read from host memory."""
+        return FasaRowStats.from_c(_native.llama().llama_fasa_get_row_stats(self._fasa_context()))
+
     def fasa_reset_stats(self) -> None:
         """Sets the counters of `fasa_stats` to zero."""
         _native.llama().llama_fasa_reset_stats(self._fasa_context())
@@ -166,6 +174,7 @@ class Llama(_StockLlama):  # type: ignore[misc]
             fasa_max_batch=fasa.max_batch,
             fasa_index_type=fasa.index_type,
             fasa_mode=fasa.variant,
+            fasa_vram=fasa.vram,
             fasa_file=self._fasa_file,
             flash_attn=self._fasa_flash_attn,
         )

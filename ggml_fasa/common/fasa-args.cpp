@@ -123,6 +123,11 @@ std::vector<common_arg> fasa_args() {
         "selected tokens only; 'auto' is c if that fits into the memory of the device, else m (default: auto)",
         set_variant).set_env("LLAMA_ARG_FASA_MODE"));
     args.push_back(common_arg(
+        {"--fasa-vram"}, "MiB",
+        "most memory of each device that --fasa-mode m may take for the KV cache: the index, rows selected last, and what K and V pass through "
+        "(default: no bound); with --fasa-mode auto, what K and V and the index may take for c, too",
+        set_count<&llama_fasa_params::vram, 1>).set_env("LLAMA_ARG_FASA_VRAM"));
+    args.push_back(common_arg(
         {"--fasa-file"}, "FNAME",
         "take FASA's calibration from this file, which 'fasa-calibrate --sidecar' wrote for the model (default: the model "
         "itself, or model.fasa.gguf beside model.gguf)",

@@ -438,7 +438,7 @@ void ggml_compute_forward_fasa_attn(const ggml_compute_params * params, ggml_ten
             forward_attn(params, dst);
             break;
         default:
-            GGML_ABORT("unknown FASA mode");
+            GGML_ABORT("FASA mode not on the CPU");
     }
 }
 

@@ -13,8 +13,10 @@
 #include "fasa-fac.cuh"
 #include "fasa-index-cache.cuh"
 #include "fasa-select.cuh"
+#include "fasa-staged.cuh"
 #include "fasa-stages.cuh"
 #include "fasa-tip.cuh"
+#include "ggml-fasa-mapped.h"
 
 namespace fasa {
 
@@ -39,24 +41,53 @@ static attn_kernel pick_tip(int n_head, int index_type) {
 }
 
 template <int NH, int LANES>
-static attn_kernel pick_fac(bool f16) {
-    return f16 ? fasa_select_fac<NH, LANES, true> : fasa_select_fac<NH, LANES, false>;
+static attn_kernel pick_fac(row_source rows) {
+    switch (rows) {
+        case ROWS_ANY: return fasa_select_fac<NH, LANES, ROWS_ANY>;
+        case ROWS_F16: return fasa_select_fac<NH, LANES, ROWS_F16>;
+        default:       return fasa_select_fac<NH, LANES, ROWS_CACHED>;
+    }
 }
 
 template <int NH>
-static attn_kernel pick_fac(int d, bool f16) {
-    return d <= 64 ? pick_fac<NH, 8>(f16) : d <= 128 ? pick_fac<NH, 16>(f16) : pick_fac<NH, 32>(f16);
+static attn_kernel pick_fac(int d, row_source rows) {
+    return d <= 64 ? pick_fac<NH, 8>(rows) : d <= 128 ? pick_fac<NH, 16>(rows) : pick_fac<NH, 32>(rows);
+}
+
+static bool all_f16(const attn_args & a) {
+    return a.k_type == GGML_TYPE_F16 && a.v_type == GGML_TYPE_F16;
 }
 
 static attn_kernel pick_fac(const attn_args & a) {
-    const int  d   = std::max(a.d_k, a.d_v);
-    const bool f16 = a.k_type == GGML_TYPE_F16 && a.v_type == GGML_TYPE_F16;
+    const int        d    = std::max(a.d_k, a.d_v);
+    const row_source rows = a.rows.state ? ROWS_CACHED : all_f16(a) ? ROWS_F16 : ROWS_ANY;
     switch (a.n_fac) {
-        case 1:  return pick_fac<1>(d, f16);
-        case 2:  return pick_fac<2>(d, f16);
-        case 4:  return pick_fac<4>(d, f16);
-        default: return pick_fac<8>(d, f16);
+        case 1:  return pick_fac<1>(d, rows);
+        case 2:  return pick_fac<2>(d, rows);
+        case 4:  return pick_fac<4>(d, rows);
+        default: return pick_fac<8>(d, rows);
     }
+}
+
+// The row cache of an op that has one and can use it; else one without state.
+static row_args rows_of(const attn_args & a, const ggml_tensor * state, const ggml_tensor * rows) {
+    row_args r = {};
+    if (state && all_f16(a) && a.n_row == 1) {
+        r.state     = (char *) state->data;
+        r.rows      = (char *) rows->data;
+        r.state_nb2 = state->nb[2];
+        r.state_nb3 = state->nb[3];
+        r.rows_nb2  = rows->nb[2];
+        r.rows_nb3  = rows->nb[3];
+        r.n_rows    = (state->ne[0] - GGML_FASA_ROW_STATE)/2;
+        r.d_k       = a.d_k;
+        r.d_v       = a.d_v;
+        r.n_slot    = 2;
+        while (r.n_slot < 2*r.n_rows) {
+            r.n_slot *= 2;
+        }
+    }
+    return r;
 }
 
 // Lays out the scratch of n_unit units from base on; returns its size in bytes.
@@ -137,15 +168,18 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.share  = SHARE;
     a.n_run  = (((a.n_pad - 1) >> a.share)/a.n_part + 1) << a.share;
 
-    a.row_size = std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));
+    a.row_size = ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(k->buffer)) ? 0 :
+        std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));
     auto fits = [&] { return fac_layout(a).total*sizeof(float) + sizeof(select_shared) + 64 <= info.smpbo; };
     a.key_len  = a.n_run;
     a.list_len = a.budget;
+    a.rows     = rows_of(a, dst->src[GGML_FASA_SRC_ROW_STATE], dst->src[GGML_FASA_SRC_ROWS]);
     if (!fits()) {
         a.key_len = 0;
     }
     if (!fits()) {
         a.list_len = 0;
+        a.rows     = {};
     }
 
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), set_scratch(a, nullptr, per_pass));
@@ -173,6 +207,9 @@ void ggml_cuda_fasa_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case GGML_FASA_MODE_INDEX_WRITE:
             ggml_cuda_fasa_index_write(ctx, dst);
             break;
+        case GGML_FASA_MODE_STAGED:
+            ggml_cuda_fasa_staged(ctx, dst);
+            break;
         default:
             GGML_ABORT("FASA mode not on CUDA");
     }
@@ -196,6 +233,8 @@ bool ggml_cuda_fasa_supported(int device, const ggml_tensor * op) {
                 k->ne[0]%8 == 0 && v->ne[0]%8 == 0 && k->ne[0] <= 256 && v->ne[0] <= 256 &&
                 n_group <= 16 && op->src[GGML_FASA_SRC_DIMS]->ne[0] <= 256;
         }
+        case GGML_FASA_MODE_STAGED:
+            return ggml_cuda_fasa_staged_supported(device, op);
         default:
             return false;
     }

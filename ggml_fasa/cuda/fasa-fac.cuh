@@ -11,6 +11,9 @@
 
 namespace fasa {
 
+// How rows are read: of any type; as F16; or as F16 by way of the row cache.
+enum row_source { ROWS_ANY, ROWS_F16, ROWS_CACHED };
+
 // Values 8 * l .. + 7 of a row, as they come from memory.
 template <bool F16>
 struct fac_row {
@@ -40,7 +43,7 @@ struct fac_row {
 
 // Dynamic shared memory of a block, in floats, each a multiple of 4.
 struct fac_layout {
-    size_t q, list, head, part, key, total;
+    size_t q, list, rows, head, part, key, total;
 
     __host__ __device__ fac_layout(const attn_args & a) {
         const size_t parts  = (size_t) FAC_WARP*a.n_fac*a.d_v;
@@ -48,7 +51,8 @@ struct fac_layout {
         const size_t work   = 2*a.n_fac*FAC_WARP + (parts > shares ? parts : shares);
         q     = 0;                                   // [n_slot][d_k]
         list  = q    + (size_t) a.n_slot*a.d_k;      // [list_len] cells
-        head  = list + (size_t) (a.list_len + 3)/4*4; // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
+        rows  = list + (size_t) (a.list_len + 3)/4*4; // see row_shared
+        head  = rows + row_shared(a.rows, a.list_len); // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
         part  = head + (size_t) 2*a.n_fac*FAC_WARP;  // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
         key   = head;                                // [key_len] keys of select, before head and part are of use
         total = head + (work > (size_t) a.key_len ? work : a.key_len);
@@ -64,8 +68,10 @@ static __device__ __noinline__ float fac_softcap(float s, float softcap) {
 // Attention of heads [h0, h0 + NH) over cells list[0 .. n). LANES: of a warp for one row, 8 values each.
 // out: [n_group][d_v + 2] of global memory: for each head sum of p * v, then the largest logit in powers of two, then the
 // sum of p.
-template <int NH, int LANES, bool F16>
-static __device__ void fac_heads(const attn_args & a, const unit & u, float * shared, int h0, const int32_t * list, int n, float * out) {
+template <int NH, int LANES, row_source ROWS>
+static __device__ void fac_heads(
+        const attn_args & a, const unit & u, float * shared, row_cache & cache, int h0, const int32_t * list, int n, float * out) {
+    constexpr bool F16 = ROWS != ROWS_ANY;
     constexpr int CELLS = WARP_SIZE/LANES; // of a warp at once
     constexpr int STEP  = FAC_WARP*CELLS;
 
@@ -95,11 +101,21 @@ static __device__ void fac_heads(const attn_args & a, const unit & u, float * sh
     auto load = [&](int c) {
         if (c < n) {
             const size_t cell = list[c];
-            kr.load(k + cell*a.k_nb1, l, a.d_k, a.k_type);
-            vr.load(v + cell*a.v_nb1, l, a.d_v, a.v_type);
+            const char * k_row = k + cell*a.k_nb1;
+            const char * v_row = v + cell*a.v_nb1;
+            if constexpr (ROWS == ROWS_CACHED) {
+                cache.redirect(c, a.d_k, k_row, v_row);
+            }
+            kr.load(k_row, l, a.d_k, a.k_type);
+            vr.load(v_row, l, a.d_v, a.v_type);
         }
     };
     load(first + lane/LANES);
+    if constexpr (ROWS == ROWS_CACHED) {
+        if (h0 == 0) {
+            cache.place(list, n);
+        }
+    }
 #pragma unroll 1
     for (int c0 = first; c0 < n; c0 += STEP) {
         const int c = c0 + lane/LANES;
@@ -107,6 +123,11 @@ static __device__ void fac_heads(const attn_args & a, const unit & u, float * sh
         float y[8];
         kr.get(x);
         vr.get(y);
+        if constexpr (ROWS == ROWS_CACHED) {
+            if (h0 == 0 && c < n) {
+                cache.keep(c, l, a.d_k, a.d_v, kr.bits, vr.bits);
+            }
+        }
         load(c + STEP); // the next cell is on its way while this one is worked on
 
         float s[NH] = {};
@@ -266,7 +287,7 @@ static __device__ void fac_merge(const attn_args & a, const unit & u, const floa
 }
 
 // grid: n_part blocks for each unit, all on the device together. NH: heads served at once.
-template <int NH, int LANES, bool F16>
+template <int NH, int LANES, row_source ROWS>
 __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args a) {
     extern __shared__ float4 shared4[];
     __shared__ select_shared sh;
@@ -296,6 +317,10 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args
     if (threadIdx.x == 0) {
         sh.n_cand = 0;
     }
+    row_cache cache;
+    if constexpr (ROWS == ROWS_CACHED) { // what changes it is older than the kernel before, too
+        cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + in.rows), a.list_len);
+    }
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
 
@@ -309,10 +334,13 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args
     unit_arrive(a, sync);
     unit_wait(a, sync, 1);
     const int n = select_cells(a, u, at_u, rank, sh, key, list);
+    if constexpr (ROWS == ROWS_CACHED) {
+        cache.find(list, n);
+    }
 
 #pragma unroll 1
     for (int h = 0; h < a.n_group; h += NH) {
-        fac_heads<NH, LANES, F16>(a, u, shared, h, list, n, part + (size_t) rank*a.n_group*(a.d_v + 2));
+        fac_heads<NH, LANES, ROWS>(a, u, shared, cache, h, list, n, part + (size_t) rank*a.n_group*(a.d_v + 2));
     }
     if (threadIdx.x == 0) {
         __threadfence();
@@ -321,6 +349,11 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args
     }
     __syncthreads();
     if (last) {
+        if constexpr (ROWS == ROWS_CACHED) {
+            if (threadIdx.x == 0) {
+                cache.turn();
+            }
+        }
         fac_merge(a, u, part, shared + in.part);
     }
 }

@@ -2,6 +2,7 @@
 
 #include "fasa-cache.cuh"
 #include "fasa-launch.cuh"
+#include "fasa-row-cache.cuh"
 #include "ggml-fasa.h"
 
 namespace {
@@ -12,6 +13,10 @@ struct index_write_args {
     char          * index;
     const int32_t * dims;
     const float   * center; // or NULL
+    char          * rows;   // state of the row cache, or NULL
+    size_t    rows_nb2;     // from head to head
+    size_t    rows_nb3;     // from stream to stream
+    int       n_rows;
     size_t    k_nb1;        // from cell to cell
     size_t    k_head;       // from head to head
     size_t    index_nb2;    // from head to head
@@ -24,7 +29,8 @@ struct index_write_args {
 
 constexpr int N_WARP = 8;
 
-// One warp for each (row, head). Shared memory: for each warp d values of K, its head's dims, and n_dim integers rounded up to 8.
+// One warp for each (row, head), and as many again for the row cache, if there is one. Shared memory: for each warp d values of
+// K, its head's dims, and n_dim integers rounded up to 8.
 __global__ void fasa_index_write(const index_write_args a) {
     extern __shared__ float4 shared4[];
     float * shared = (float *) shared4;
@@ -51,6 +57,11 @@ __global__ void fasa_index_write(const index_write_args a) {
     const int64_t id   = a.cells[unit/a.n_head_kv];
     const int64_t s    = id/a.n_cells;
     const int     cell = id%a.n_cells;
+
+    if (blockIdx.y == 1) {
+        fasa::row_forget(a.rows + s*a.rows_nb3 + g*a.rows_nb2, a.n_rows, cell, lane);
+        return;
+    }
 
     const char * row = a.k + id*a.k_nb1 + g*a.k_head;
     for (int i = 4*lane; i < a.d; i += 4*WARP_SIZE) {
@@ -131,13 +142,20 @@ void ggml_cuda_fasa_index_write(ggml_backend_cuda_context & ctx, ggml_tensor * d
     const ggml_tensor * index  = dst->src[GGML_FASA_WRITE_SRC_INDEX];
     const ggml_tensor * dims   = dst->src[GGML_FASA_WRITE_SRC_DIMS];
     const ggml_tensor * center = dst->src[GGML_FASA_WRITE_SRC_CENTER];
+    const ggml_tensor * rows   = dst->src[GGML_FASA_WRITE_SRC_ROW_STATE];
 
-    index_write_args a;
+    index_write_args a = {};
     a.k          = (const char *)    k->data;
     a.cells      = (const int64_t *) cells->data;
     a.index      = (char *)          index->data;
     a.dims       = (const int32_t *) dims->data;
     a.center     = center ? (const float *) center->data : nullptr;
+    if (rows) {
+        a.rows     = (char *) rows->data;
+        a.rows_nb2 = rows->nb[2];
+        a.rows_nb3 = rows->nb[3];
+        a.n_rows   = (rows->ne[0] - GGML_FASA_ROW_STATE)/2;
+    }
     a.k_nb1      = k->nb[1];
     a.index_nb2  = index->nb[2];
     a.index_nb3  = index->nb[3];
@@ -158,5 +176,6 @@ void ggml_cuda_fasa_index_write(ggml_backend_cuda_context & ctx, ggml_tensor * d
     a.k_head = ggml_row_size(k->type, a.d);
 
     const size_t shared = N_WARP*(a.d + 2*GGML_PAD(a.n_dim, 8))*sizeof(float);
-    fasa::launch(fasa_index_write, dim3((n_unit + N_WARP - 1)/N_WARP), dim3(WARP_SIZE, N_WARP), shared, ctx.stream(), false, a);
+    const dim3 grid((n_unit + N_WARP - 1)/N_WARP, rows ? 2 : 1);
+    fasa::launch(fasa_index_write, grid, dim3(WARP_SIZE, N_WARP), shared, ctx.stream(), false, a);
 }

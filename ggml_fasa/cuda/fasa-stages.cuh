@@ -4,6 +4,7 @@
 #pragma once
 
 #include "fasa-launch.cuh"
+#include "fasa-row-cache.cuh"
 #include "ggml-fasa.h"
 
 namespace fasa {
@@ -82,7 +83,7 @@ struct attn_args {
     int share;
     int key_len;  // keys that such a block keeps in shared memory, n_run; 0: in global memory
     int list_len; // selected cells that it keeps in shared memory, budget; 0: in global memory
-    int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two
+    int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
     int unit0;    // first unit of this launch
 
     // Global memory between the kernels and between blocks, for each unit of the launch.
@@ -94,6 +95,8 @@ struct attn_args {
     uint32_t  * key;     // [n_part][n_run] if key_len is 0
     int32_t   * list;    // [n_part][budget] if list_len is 0
     float     * part;    // [n_part][n_group][d_v + 2], see fac_heads
+
+    row_args rows;
 };
 
 // The blocks of a unit wait for each other: all of them are on the device together (see run_attn).

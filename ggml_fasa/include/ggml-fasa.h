@@ -1,11 +1,12 @@
 // ggml-fasa: the graph op GGML_OP_FASA_ATTN and its stages.
 //
 // FASA (arXiv 2602.03152) lets each query attend to a few hundred cached tokens, picked anew for every query
-// by a handful of rotary frequency chunks (FCs). One enum value carries three modes:
+// by a handful of rotary frequency chunks (FCs). One enum value carries four modes:
 //
 //   index_write : K rows -> index cache      (the dominant dims of K, the only thing tip reads)
 //   attn        : tip -> select -> fac       (score, choose, attend)
 //   dense       : fac over every cell        (for layers without FCs, on backends where it beats flash attention)
+//   staged      : flash attention over a K and V in mapped host memory (ggml-fasa-mapped.h), copied a few heads at a time
 //
 // Letters used below: D head size of K, DV head size of V, H query heads, G KV heads, R = H/G,
 // T tokens (query rows) of one stream, N cells of the KV cache seen by the graph, S streams,
@@ -22,10 +23,14 @@ extern "C" {
 // Cells of one index tile. Fixed: it is part of the index layout.
 #define GGML_FASA_TILE 32
 
+// Alignment in bytes of what lies in a staging tensor.
+#define GGML_FASA_STAGING_ALIGN 256
+
 enum ggml_fasa_mode {
     GGML_FASA_MODE_ATTN        = 0,
     GGML_FASA_MODE_INDEX_WRITE = 1,
     GGML_FASA_MODE_DENSE       = 2,
+    GGML_FASA_MODE_STAGED      = 3,
 };
 
 // How the index keeps a value: F16; or an integer of 8 or 4 bits, with one F16 scale for the J values of a cell.
@@ -46,7 +51,7 @@ enum ggml_fasa_op_param {
     GGML_FASA_OP_PARAM_HADAMARD   = 5,
 };
 
-// Sources of the modes; dense has the first five of attn.
+// Sources of the modes; dense and staged have the first five of attn.
 enum ggml_fasa_attn_src {
     GGML_FASA_SRC_Q     = 0,
     GGML_FASA_SRC_K     = 1,
@@ -55,6 +60,9 @@ enum ggml_fasa_attn_src {
     GGML_FASA_SRC_SINKS = 4,
     GGML_FASA_SRC_INDEX = 5,
     GGML_FASA_SRC_DIMS  = 6,
+    GGML_FASA_SRC_ROW_STATE = 7,
+    GGML_FASA_SRC_ROWS      = 8,
+    GGML_FASA_SRC_STAGING = 5, // of staged
 };
 
 enum ggml_fasa_index_write_src {
@@ -63,6 +71,7 @@ enum ggml_fasa_index_write_src {
     GGML_FASA_WRITE_SRC_INDEX  = 2,
     GGML_FASA_WRITE_SRC_DIMS   = 3,
     GGML_FASA_WRITE_SRC_CENTER = 4,
+    GGML_FASA_WRITE_SRC_ROW_STATE = 5,
 };
 
 // The index cache of one layer: [tile size, n_cells / TILE, G, S], contiguous. A plane (g, s) is a row of tiles, and
@@ -148,6 +157,18 @@ GGML_API struct ggml_tensor * ggml_fasa_attn(
         enum ggml_fasa_index_type index_type,
         int32_t                   hadamard);
 
+// Words of 32 bits before the tags in the state of a row cache: {turn, rows in each half, 0, hits and misses of 64 bits}.
+#define GGML_FASA_ROW_STATE 8
+
+// The state of a row cache: I32 [GGML_FASA_ROW_STATE + 2 * n_rows, 1, G, S], zero when it is new. To it belong the rows: F16
+// [2 * n_rows * (D + DV), 1, G, S].
+GGML_API struct ggml_tensor * ggml_fasa_new_row_state(struct ggml_context * ctx, int64_t n_rows, int64_t n_head_kv, int64_t n_stream);
+
+// Lets attn keep n_rows of the rows that it reads for its next step, so that rows in host memory are read less often. CUDA,
+// K and V in F16, one query row for each stream; elsewhere it changes nothing. Every write to K or V must tell the state.
+GGML_API void ggml_fasa_attn_set_row_cache(struct ggml_tensor * attn, struct ggml_tensor * state, struct ggml_tensor * rows);
+GGML_API void ggml_fasa_index_write_set_row_state(struct ggml_tensor * write, struct ggml_tensor * state);
+
 // Stage fac over every visible cell: exact attention that reads each row of K and V once for a whole KV group.
 // Arguments and result as of ggml_fasa_attn; -0.0 in the mask is 0.
 GGML_API struct ggml_tensor * ggml_fasa_dense(
@@ -159,6 +180,32 @@ GGML_API struct ggml_tensor * ggml_fasa_dense(
         struct ggml_tensor  * sinks,
         float                 scale,
         float                 softcap);
+
+// The backend's own flash attention over a cache that the device reaches slowly: K and V of some heads are copied to staging
+// while the heads before them are worked on. Only on CUDA. Arguments and result as of ggml_fasa_dense; mask is F16.
+//   k, v    : the heads of a cell are neighbours
+//   staging : I8, one-dimensional, in memory of the device, for ggml_fasa_staging_size bytes of at least one head
+GGML_API struct ggml_tensor * ggml_fasa_staged(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * sinks,
+        struct ggml_tensor  * staging,
+        float                 scale,
+        float                 softcap);
+
+// Bytes that staging n_head of the n_head_kv heads at a time takes, of n_cells cells of all streams: twice their K and V, or once
+// if they are all.
+GGML_API size_t ggml_fasa_staging_size(
+        enum ggml_type type_k, int64_t d_k, enum ggml_type type_v, int64_t d_v, int64_t n_cells, int64_t n_head, int64_t n_head_kv);
+
+// Heads that are staged at a time if nothing bounds them: a quarter, so that copies and work overlap.
+GGML_API int64_t ggml_fasa_staged_heads_max(int64_t n_head_kv);
+
+// Heads that a staged op copies at a time: as many as its staging holds.
+GGML_API int64_t ggml_fasa_staged_heads(const struct ggml_tensor * op);
 
 #ifdef __cplusplus
 }

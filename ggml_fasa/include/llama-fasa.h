@@ -22,7 +22,7 @@ enum llama_fasa_mode {
 
 // Where K and V of the layers that decode sparse are kept.
 enum llama_fasa_variant {
-    LLAMA_FASA_VARIANT_AUTO = 0, // C if it fits into the free memory of the layer's device, else M
+    LLAMA_FASA_VARIANT_AUTO = 0, // C if it fits into the free memory of the layer's device (and into vram), else M
     LLAMA_FASA_VARIANT_C    = 1, // where llama.cpp keeps them (FASA-C)
     LLAMA_FASA_VARIANT_M    = 2, // in pinned host memory, which the device reads in place; the index stays there (FASA-M, CUDA)
 };
@@ -43,6 +43,7 @@ struct llama_fasa_params {
     int32_t max_batch;  // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
     int32_t index_type; // enum ggml_fasa_index_type; -1 = not set
     int32_t variant;    // enum llama_fasa_variant
+    int32_t vram;       // MiB of each device's memory that FASA-M may hold: index, row cache, staging; 0 = not set, no bound
 };
 
 // What a context runs.
@@ -60,6 +61,8 @@ struct llama_fasa_info {
     uint64_t index_bytes;    // size of the index cache
     uint64_t kv_bytes;       // size of the K and V cache
     uint64_t mapped_bytes;   // part of kv_bytes that is in host memory and read by the device in place (FASA-M); 0: FASA-C
+    uint64_t staging_bytes;  // device memory through which FASA-M reads K and V densely
+    uint64_t rows_bytes;     // device memory that keeps rows of K and V which FASA-M selected in the last step; 0: none
 };
 
 // What a context has run. A step is one ubatch.
@@ -70,6 +73,12 @@ struct llama_fasa_stats {
     uint64_t n_row_sparse;    // query rows of the sparse and the mixed steps that went through FASA
     uint64_t n_index_rebuild; // times the index was rebuilt from K
     uint64_t n_step_mixed;    // steps whose decode rows went through FASA while the rest, prompts, were dense
+};
+
+// Rows of K and V that FASA-M selected, since the context was made: a row is a token's K and V of one layer and KV head.
+struct llama_fasa_row_stats {
+    uint64_t n_hit;  // read from the device, where the step before had left them
+    uint64_t n_miss; // read from host memory
 };
 
 LLAMA_API struct llama_fasa_params llama_fasa_default_params(void); // everything "not set", mode AUTO
@@ -107,6 +116,9 @@ LLAMA_API int32_t llama_fasa_check_budget(const struct llama_context * ctx, int3
 
 LLAMA_API struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 LLAMA_API void                    llama_fasa_reset_stats(      struct llama_context * ctx);
+
+// Waits for the device, so not for every step. All 0 where no row cache is.
+LLAMA_API struct llama_fasa_row_stats llama_fasa_get_row_stats(struct llama_context * ctx);
 
 // One line for a person: what the context ran. Written when a context that FASA serves is freed.
 LLAMA_API void llama_fasa_print_stats(const struct llama_context * ctx);

@@ -28,7 +28,7 @@ static thread_local std::string fasa_error;
 llama_fasa_params llama_fasa_default_params(void) {
     return {
         LLAMA_FASA_MODE_AUTO, /*.budget =*/ 0, /*.n_sink =*/ -1, /*.n_recent =*/ -1, /*.max_batch =*/ 0, /*.index_type =*/ -1,
-        LLAMA_FASA_VARIANT_AUTO,
+        LLAMA_FASA_VARIANT_AUTO, /*.vram =*/ 0,
     };
 }
 
@@ -47,6 +47,7 @@ int32_t llama_fasa_set_params(const llama_fasa_params * params) {
     check("max_batch",  params->max_batch,   0, LLAMA_FASA_COUNT_MAX);
     check("index_type", params->index_type, -1, GGML_FASA_INDEX_COUNT - 1);
     check("variant",    params->variant,    LLAMA_FASA_VARIANT_AUTO, LLAMA_FASA_VARIANT_M);
+    check("vram",       params->vram,        0, LLAMA_FASA_COUNT_MAX);
     if (!fasa_error.empty()) {
         return -1;
     }
@@ -105,6 +106,15 @@ llama_fasa_stats llama_fasa_get_stats(const llama_context * ctx) {
     return fasa ? fasa->stats : llama_fasa_stats {};
 }
 
+llama_fasa_row_stats llama_fasa_get_row_stats(llama_context * ctx) {
+    const llama_fasa_index_cache * fasa = ctx->get_cparams().fasa;
+    if (!fasa) {
+        return {};
+    }
+    ctx->synchronize();
+    return fasa->row_stats();
+}
+
 void llama_fasa_reset_stats(llama_context * ctx) {
     if (llama_fasa_index_cache * fasa = ctx->get_cparams().fasa) {
         fasa->stats = {};
@@ -145,6 +155,7 @@ llama_fasa_config resolve(const llama_fasa_params & params, const llama_fasa_met
     config.n_sink    = first_set(params.n_sink,   params.n_sink   >= 0, md.n_sink,   LLAMA_FASA_N_SINK_DEFAULT);
     config.n_recent  = first_set(params.n_recent, params.n_recent >= 0, md.n_recent, LLAMA_FASA_N_RECENT_DEFAULT);
     config.max_batch = params.max_batch > 0 ? params.max_batch : LLAMA_FASA_MAX_BATCH_DEFAULT;
+    config.vram       = params.vram;
     config.index_type = llama_fasa_resolve_index_type(params, md);
 
     const std::string error = llama_fasa_budget_error(config, config.budget);
@@ -341,7 +352,8 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     }
 
     if (params.variant == LLAMA_FASA_VARIANT_M && !llama_fasa_support::mapped(kv)) {
-        throw std::runtime_error("FASA: mode m needs a CUDA device that serves sparse layers and their KV cache (-ngl, no -nkvo)");
+        throw std::runtime_error("FASA: mode m needs a CUDA device that serves sparse layers, their KV cache and flash "
+                "attention over it (-ngl, no -nkvo)");
     }
 
     llama_fasa_index_cache * fasa = llama_fasa_support::attach(*kv, *md, config);
@@ -352,7 +364,12 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
             "%s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory (FASA-%s)\n",
             info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.n_sink, info.n_recent,
             info.max_batch, ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0,
-            info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0, info.mapped_bytes > 0 ? "M" : "C");
+            info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0,
+            info.mapped_bytes > 0 ? "M" : "C");
+    if (info.mapped_bytes > 0) {
+        LLAMA_LOG_WARN("fasa: beside the index, devices hold %.2f MiB through which K and V are read densely, and %.2f MiB of "
+                "rows selected last\n", info.staging_bytes/1024.0/1024.0, info.rows_bytes/1024.0/1024.0);
+    }
     return fasa;
 }
 

@@ -9,6 +9,10 @@
 
 namespace {
 
+float softcap_of(const llm_graph_context & graph) {
+    return graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+}
+
 // Part of every graph, so that one is reused only for steps that it would have been built for.
 class input_step : public llm_graph_input_i {
 public:
@@ -27,16 +31,27 @@ private:
     const int64_t             n_rows;
 };
 
-// llama.cpp's attention over K and V staged: copied to the device as a whole, if they are in mapped memory. The copies live
-// until the attention of the layer is done, so the layers share their memory.
-ggml_tensor * build_staged(
+// Flash attention over all cells, of K and V in mapped memory; else llama.cpp's own.
+ggml_tensor * build_dense(
         const llm_graph_context & graph, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask,
         ggml_tensor * sinks, float kq_scale, int il) {
-    if (graph.cparams.fasa->find(k->view_src)->mapped) {
-        k = ggml_cont(graph.ctx0, k);
-        v = ggml_cont(graph.ctx0, v);
+    const auto * layer = graph.cparams.fasa->find(k->view_src);
+    if (!layer->staging) {
+        return graph.build_attn_mha(q, k, v, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
     }
-    return graph.build_attn_mha(q, k, v, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    ggml_context * ctx = graph.ctx0;
+
+    const int64_t n_stream = k->ne[3];
+    const int64_t n_rows   = q->ne[2]/n_stream;
+
+    q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_rows, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_rows, 0);
+
+    ggml_tensor * cur = ggml_fasa_staged(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), ggml_permute(ctx, k, 0, 2, 1, 3),
+            ggml_permute(ctx, v, 0, 2, 1, 3), kq_mask, sinks, layer->staging, kq_scale, softcap_of(graph));
+    graph.cb(cur, "fasa_staged", il);
+    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    ggml_build_forward_expand(graph.gf, cur);
+    return cur;
 }
 
 // The rows from n on of a step whose first n are sparse, by llama.cpp's attention.
@@ -46,7 +61,7 @@ ggml_tensor * build_rest(
     q = ggml_view_3d(graph.ctx0, q, q->ne[0], q->ne[1], q->ne[2] - n, q->nb[1], q->nb[2], n*q->nb[2]);
     kq_mask = ggml_view_4d(graph.ctx0, kq_mask, kq_mask->ne[0], kq_mask->ne[1] - n, 1, 1,
             kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], n*kq_mask->nb[1]);
-    return build_staged(graph, q, k, v, kq_mask, sinks, kq_scale, il);
+    return build_dense(graph, q, k, v, kq_mask, sinks, kq_scale, il);
 }
 
 } // namespace
@@ -69,15 +84,15 @@ ggml_tensor * llama_fasa_build_attn(
     // only facts that a reused graph shares may decide here: n_kv, and what input_step compares
     const int64_t n_sparse = fasa->config.n_sparse_rows(graph.ubatch, k->ne[2]);
     if (n_sparse == 0) {
-        return layer->mapped ? build_staged(graph, q, k, v, kq_mask, sinks, kq_scale, il) : nullptr;
+        return layer->staging ? build_dense(graph, q, k, v, kq_mask, sinks, kq_scale, il) : nullptr;
     }
     const bool whole = n_sparse == graph.n_tokens;
 
-    const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer) && !layer->mapped;
+    const bool on_host = ggml_backend_buffer_is_host(layer->k->buffer) && !layer->staging;
     // a layer that attends to another one's K has no FCs of its own
     const bool sparse = layer->n_tip > 0 && layer->il == il;
-    if (!sparse && !on_host) {
-        return nullptr; // a GPU's flash attention serves a KV group at once, too
+    if (!sparse && !on_host) { // a GPU's flash attention serves a KV group at once, too
+        return layer->staging ? build_dense(graph, q, k, v, kq_mask, sinks, kq_scale, il) : nullptr;
     }
 
     ggml_tensor * rest = whole ? nullptr : build_rest(graph, n_sparse, q, k, v, kq_mask, sinks, kq_scale, il);
@@ -97,20 +112,21 @@ ggml_tensor * llama_fasa_build_attn(
     k = ggml_permute(ctx, k, 0, 2, 1, 3);
     v = ggml_permute(ctx, v, 0, 2, 1, 3);
 
-    const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
-
     ggml_tensor * cur;
     if (sparse) {
-        const ggml_tensor * all = layer->index;
         const size_t stream0 = k->view_offs/layer->k->nb[2];
-        ggml_tensor * index = ggml_view_4d(ctx, layer->index, all->ne[0], all->ne[1], all->ne[2], n_stream,
-                all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
-
-        cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, index, layer->dims, kq_scale, softcap,
+        auto streams = [&](ggml_tensor * all) { // those that k shows
+            return ggml_view_4d(ctx, all, all->ne[0], all->ne[1], all->ne[2], n_stream,
+                    all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
+        };
+        cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, streams(layer->index), layer->dims, kq_scale, softcap_of(graph),
                 fasa->config.budget, fasa->config.index_type, fasa->hadamard);
+        if (layer->row_state) {
+            ggml_fasa_attn_set_row_cache(cur, streams(layer->row_state), streams(layer->rows));
+        }
         graph.cb(cur, "fasa_attn", il);
     } else {
-        cur = ggml_fasa_dense(ctx, q, k, v, kq_mask, sinks, kq_scale, softcap);
+        cur = ggml_fasa_dense(ctx, q, k, v, kq_mask, sinks, kq_scale, softcap_of(graph));
         graph.cb(cur, "fasa_dense", il);
     }
     if (on_host) {
@@ -177,4 +193,9 @@ void llama_fasa_log_stats(const llama_fasa_index_cache & fasa) {
             "%llu prefill steps dense, index rebuilt %llu times\n", (unsigned long long) s.n_step_sparse,
             (unsigned long long) s.n_step_mixed, (unsigned long long) s.n_row_sparse, (unsigned long long) s.n_step_dense,
             (unsigned long long) s.n_step_prefill, (unsigned long long) s.n_index_rebuild);
+    const llama_fasa_row_stats rows = fasa.row_stats();
+    if (rows.n_hit + rows.n_miss > 0) {
+        LLAMA_LOG_WARN("fasa: %llu of %llu selected rows of K and V were in the row cache\n", (unsigned long long) rows.n_hit,
+                (unsigned long long) (rows.n_hit + rows.n_miss));
+    }
 }

@@ -9,9 +9,12 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <map>
 #include <stdexcept>
+
+static constexpr int32_t ROW_CACHE_MAX = 512; // rows of a KV head that the row cache keeps, however large the budget
 
 int64_t llama_fasa_config::n_decode_rows(const llama_ubatch & ubatch) const {
     if (ubatch.equal_seqs()) {
@@ -54,8 +57,10 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
     // one context for each buffer type, since an index lives beside its K, or on the device that reads a mapped K
     struct buft_ctx {
-        ggml_context_ptr index;
-        ggml_context_ptr dims;
+        ggml_context_ptr    index;
+        ggml_context_ptr    dims;
+        uint64_t            index_size = 0;
+        std::vector<size_t> mapped; // layers whose K is
     };
     std::map<ggml_backend_buffer_type_t, buft_ctx> ctxs;
 
@@ -76,7 +81,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
         const llama_fasa_layer meta = metadata.layer(cache.il);
 
-        layer l = { (int32_t) cache.il, meta.n_tip, mapped, cache.k, nullptr, nullptr, nullptr };
+        layer l = { (int32_t) cache.il, meta.n_tip, cache.k, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
         layer_of_k[l.k] = layers.size();
         if (l.n_tip == 0) {
             layers.push_back(l);
@@ -86,8 +91,8 @@ llama_fasa_index_cache::llama_fasa_index_cache(
         buft_ctx & ctx = ctxs[mapped ? ggml_backend_dev_buffer_type(kv.model.dev_layer(cache.il))
                                          : ggml_backend_buffer_get_type(cache.k->buffer)];
         if (!ctx.index) {
-            ctx.index = new_ctx(kv.layers.size());
-            ctx.dims  = new_ctx(2*kv.layers.size()); // and centers
+            ctx.index = new_ctx(2*kv.layers.size() + 1); // and cached rows and staging
+            ctx.dims  = new_ctx(3*kv.layers.size()); // and centers and states of row caches
         }
 
         l.index = ggml_fasa_new_index(ctx.index.get(), config.index_type,
@@ -100,8 +105,18 @@ llama_fasa_index_cache::llama_fasa_index_cache(
             ggml_format_name(l.center, "fasa_center_l%d", l.il);
         }
 
-        index_bytes += ggml_nbytes(l.index);
+        index_bytes    += ggml_nbytes(l.index);
+        ctx.index_size += ggml_nbytes(l.index);
+        if (mapped) {
+            ctx.mapped.push_back(layers.size());
+        }
         layers.push_back(l);
+    }
+
+    for (auto & [buft, ctx] : ctxs) {
+        if (!ctx.mapped.empty()) {
+            new_device_tensors(ctx.index.get(), ctx.dims.get(), ctx.mapped, ctx.index_size);
+        }
     }
 
     auto alloc = [&](ggml_context * ctx, ggml_backend_buffer_type_t buft) {
@@ -125,6 +140,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
         kv.ctxs_bufs.emplace_back(std::move(ctx.index), std::move(index_buf));
 
         ggml_backend_buffer_ptr dims_buf = alloc(ctx.dims.get(), buft);
+        ggml_backend_buffer_clear(dims_buf.get(), 0);
         dims_bufs.emplace_back(std::move(ctx.dims), std::move(dims_buf));
     }
 
@@ -142,6 +158,69 @@ llama_fasa_index_cache::llama_fasa_index_cache(
     }
 }
 
+// Bytes for the staging of K and V of layers, at most n_head_max heads at a time.
+size_t llama_fasa_index_cache::staging_size(const std::vector<size_t> & mapped, int64_t n_head_max) const {
+    size_t size = 0;
+    for (const size_t i : mapped) {
+        const int64_t n_head_kv = kv.hparams.n_head_kv(layers[i].il);
+        const int64_t n_head    = std::min(n_head_max, ggml_fasa_staged_heads_max(n_head_kv));
+        const auto &  cache     = kv.layers[kv.map_layer_ids.at(layers[i].il)];
+        size = std::max(size, ggml_fasa_staging_size(cache.k->type, kv.hparams.n_embd_head_k(layers[i].il), cache.v->type,
+                kv.hparams.n_embd_head_v(layers[i].il), (int64_t) kv.get_size()*kv.n_stream, n_head, n_head_kv));
+    }
+    return size;
+}
+
+void llama_fasa_index_cache::new_device_tensors(
+        ggml_context * ctx, ggml_context * ctx_small, const std::vector<size_t> & mapped, uint64_t index_size) {
+    const uint64_t bound = config.vram > 0 ? (uint64_t) config.vram << 20 : UINT64_MAX;
+    const uint64_t least = index_size + staging_size(mapped, 1);
+    if (least > bound) {
+        throw std::runtime_error(format("FASA: %d MiB of device memory (--fasa-vram) do not hold the index of %.1f MiB and the staging "
+                "of K and V: give at least %.0f, or use a smaller context (-c) or index (--fasa-index-type)",
+                config.vram, index_size/1024.0/1024.0, std::ceil(least/1024.0/1024.0)));
+    }
+
+    // beyond that, the row cache comes first
+    const int64_t n_rows = std::min(config.budget, ROW_CACHE_MAX);
+    uint64_t size = 0;
+    auto each_cached = [&](auto && f) {
+        for (const size_t i : mapped) {
+            const auto & cache = kv.layers[kv.map_layer_ids.at(layers[i].il)];
+            if (cache.k->type == GGML_TYPE_F16 && cache.v->type == GGML_TYPE_F16) {
+                f(layers[i], 2*n_rows*(kv.hparams.n_embd_head_k(layers[i].il) + kv.hparams.n_embd_head_v(layers[i].il)),
+                        kv.hparams.n_head_kv(layers[i].il));
+            }
+        }
+    };
+    each_cached([&](const layer &, int64_t n, int64_t n_head_kv) {
+        size += (n*sizeof(ggml_fp16_t) + (GGML_FASA_ROW_STATE + 2*n_rows)*sizeof(int32_t))*n_head_kv*kv.n_stream;
+    });
+    if (least + size <= bound) {
+        rows_bytes += size;
+        each_cached([&](layer & l, int64_t n, int64_t n_head_kv) {
+            l.row_state = ggml_fasa_new_row_state(ctx_small, n_rows, n_head_kv, kv.n_stream);
+            l.rows      = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n, 1, n_head_kv, kv.n_stream);
+            ggml_format_name(l.row_state, "fasa_row_state_l%d", l.il);
+            ggml_format_name(l.rows,      "fasa_rows_l%d",      l.il);
+        });
+    } else {
+        size = 0;
+    }
+
+    int64_t n_head = 1;
+    while (staging_size(mapped, n_head + 1) > staging_size(mapped, n_head) &&
+            index_size + size + staging_size(mapped, n_head + 1) <= bound) {
+        ++n_head;
+    }
+    ggml_tensor * staging = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, staging_size(mapped, n_head));
+    ggml_set_name(staging, "fasa_staging");
+    staging_bytes += ggml_nbytes(staging);
+    for (const size_t i : mapped) {
+        layers[i].staging = staging;
+    }
+}
+
 llama_fasa_index_cache::~llama_fasa_index_cache() {
     llama_fasa_log_stats(*this);
 }
@@ -156,6 +235,9 @@ ggml_tensor * llama_fasa_index_cache::index_write(
     ggml_tensor * cur = ggml_fasa_index_write(ctx, k, cells, l.index, l.dims, config.index_type, hadamard);
     if (l.center) {
         ggml_fasa_index_write_set_center(cur, l.center);
+    }
+    if (l.row_state) {
+        ggml_fasa_index_write_set_row_state(cur, l.row_state);
     }
     return cur;
 }
@@ -258,6 +340,8 @@ llama_fasa_info llama_fasa_index_cache::info() const {
     info.index_bytes    = index_bytes;
     info.kv_bytes       = kv_bytes;
     info.mapped_bytes   = mapped_bytes;
+    info.staging_bytes  = staging_bytes;
+    info.rows_bytes     = rows_bytes;
     for (const layer & l : layers) {
         if (l.n_tip == 0) {
             info.n_layer_dense++;
@@ -268,4 +352,28 @@ llama_fasa_info llama_fasa_index_cache::info() const {
         info.n_tip_max = std::max(info.n_tip_max, l.n_tip);
     }
     return info;
+}
+
+llama_fasa_row_stats llama_fasa_index_cache::row_stats() const {
+    struct counts { // of one KV head and stream, see ggml_fasa_new_row_state
+        uint32_t turn[4];
+        uint64_t n_hit, n_miss;
+    };
+    static_assert(sizeof(counts) == GGML_FASA_ROW_STATE*sizeof(int32_t), "not the words of a row cache's state");
+
+    llama_fasa_row_stats all = {};
+    for (const layer & l : layers) {
+        if (!l.row_state || !l.row_state->data) { // the latter: only measuring memory
+            continue;
+        }
+        std::vector<uint8_t> state(ggml_nbytes(l.row_state));
+        ggml_backend_tensor_get(l.row_state, state.data(), 0, state.size());
+        for (size_t at = 0; at < state.size(); at += l.row_state->nb[1]) {
+            counts of;
+            memcpy(&of, state.data() + at, sizeof(of));
+            all.n_hit  += of.n_hit;
+            all.n_miss += of.n_miss;
+        }
+    }
+    return all;
 }

@@ -29,6 +29,7 @@ struct llama_fasa_config {
     int32_t n_sink;
     int32_t n_recent;
     int32_t max_batch;
+    int32_t vram; // MiB, 0: no bound
 
     ggml_fasa_index_type index_type;
 
@@ -60,11 +61,13 @@ struct llama_fasa_index_cache {
     struct layer {
         int32_t       il;
         int32_t       n_tip; // 0: a dense layer, which has no index and no dims
-        bool          mapped; // K and V are in mapped host memory
         ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
         ggml_tensor * center; // F32, like dims; NULL if the calibration has none
+        ggml_tensor * row_state; // of the row cache, see ggml_fasa_new_row_state; NULL if there is none
+        ggml_tensor * rows;
+        ggml_tensor * staging; // of ggml_fasa_staged, shared by the layers of a device; NULL if K and V are not in mapped memory
     };
 
     // Adds the index write that belongs to a write of K rows. k_set: the SET_ROWS node of cache tensor k.
@@ -95,6 +98,9 @@ struct llama_fasa_index_cache {
 
     llama_fasa_info info() const;
 
+    // Read from the devices, so not for every step.
+    llama_fasa_row_stats row_stats() const;
+
     llama_kv_cache &  kv;
     llama_fasa_config config; // but for the budget as at creation
     const int32_t     hadamard;
@@ -104,6 +110,11 @@ private:
     // With LLAMA_FASA_VERIFY=1 set_mask leaves its mask here and has llama.cpp fill one too: aborts where they differ.
     void verify_mask(const ggml_tensor * mask);
 
+    // Lays out what a device holds for its layers with mapped K and V beside their index: row cache and staging.
+    // ctx_small: for what must outlive the KV cache's buffers.
+    void new_device_tensors(
+            ggml_context * ctx, ggml_context * ctx_small, const std::vector<size_t> & mapped, uint64_t index_size);
+    size_t staging_size(const std::vector<size_t> & mapped, int64_t n_head_max) const;
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
 
     std::vector<layer>                                 layers;
@@ -115,4 +126,6 @@ private:
     uint64_t index_bytes = 0;
     uint64_t kv_bytes     = 0;
     uint64_t mapped_bytes = 0;
+    uint64_t staging_bytes = 0;
+    uint64_t rows_bytes    = 0;
 };

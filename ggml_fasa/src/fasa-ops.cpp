@@ -98,6 +98,31 @@ void ggml_fasa_index_write_set_center(ggml_tensor * write, ggml_tensor * center)
     write->src[GGML_FASA_WRITE_SRC_CENTER] = center;
 }
 
+ggml_tensor * ggml_fasa_new_row_state(ggml_context * ctx, int64_t n_rows, int64_t n_head_kv, int64_t n_stream) {
+    GGML_ASSERT(n_rows > 0);
+    return ggml_new_tensor_4d(ctx, GGML_TYPE_I32, GGML_FASA_ROW_STATE + 2*n_rows, 1, n_head_kv, n_stream);
+}
+
+void ggml_fasa_index_write_set_row_state(ggml_tensor * write, ggml_tensor * state) {
+    GGML_ASSERT(state->ne[2] == write->src[GGML_FASA_WRITE_SRC_DIMS]->ne[1]);
+
+    write->src[GGML_FASA_WRITE_SRC_ROW_STATE] = state;
+}
+
+void ggml_fasa_attn_set_row_cache(ggml_tensor * attn, ggml_tensor * state, ggml_tensor * rows) {
+    const ggml_tensor * k = attn->src[GGML_FASA_SRC_K];
+    const ggml_tensor * v = attn->src[GGML_FASA_SRC_V];
+
+    GGML_ASSERT(state->type == GGML_TYPE_I32 && rows->type == GGML_TYPE_F16);
+    GGML_ASSERT(rows->ne[0] == (state->ne[0] - GGML_FASA_ROW_STATE)*(k->ne[0] + v->ne[0]));
+    for (const ggml_tensor * t : { state, rows }) {
+        GGML_ASSERT(t->nb[0] == ggml_type_size(t->type) && t->ne[1] == 1 && t->ne[2] == k->ne[2] && t->ne[3] == k->ne[3]);
+    }
+
+    attn->src[GGML_FASA_SRC_ROW_STATE] = state;
+    attn->src[GGML_FASA_SRC_ROWS]      = rows;
+}
+
 // What attn and dense have in common.
 static ggml_tensor * fasa_attn_impl(
         ggml_context * ctx,
@@ -183,4 +208,51 @@ ggml_tensor * ggml_fasa_dense(
         float          scale,
         float          softcap) {
     return fasa_attn_impl(ctx, q, k, v, mask, sinks, scale, softcap, GGML_FASA_MODE_DENSE);
+}
+
+size_t ggml_fasa_staging_size(
+        ggml_type type_k, int64_t d_k, ggml_type type_v, int64_t d_v, int64_t n_cells, int64_t n_head, int64_t n_head_kv) {
+    const int64_t n_slice = n_head < n_head_kv ? 2 : 1;
+    return n_slice*(GGML_PAD(n_cells*n_head*ggml_row_size(type_k, d_k), GGML_FASA_STAGING_ALIGN) +
+                    GGML_PAD(n_cells*n_head*ggml_row_size(type_v, d_v), GGML_FASA_STAGING_ALIGN));
+}
+
+int64_t ggml_fasa_staged_heads_max(int64_t n_head_kv) {
+    return (n_head_kv + 3)/4;
+}
+
+int64_t ggml_fasa_staged_heads(const ggml_tensor * op) {
+    const ggml_tensor * k       = op->src[GGML_FASA_SRC_K];
+    const ggml_tensor * v       = op->src[GGML_FASA_SRC_V];
+    const ggml_tensor * staging = op->src[GGML_FASA_SRC_STAGING];
+
+    int64_t n = ggml_fasa_staged_heads_max(k->ne[2]);
+    while (n > 0 && ggml_fasa_staging_size(k->type, k->ne[0], v->type, v->ne[0], k->ne[1]*k->ne[3], n, k->ne[2]) > ggml_nbytes(staging)) {
+        --n;
+    }
+    return n;
+}
+
+ggml_tensor * ggml_fasa_staged(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * mask,
+        ggml_tensor  * sinks,
+        ggml_tensor  * staging,
+        float          scale,
+        float          softcap) {
+    GGML_ASSERT(mask->type == GGML_TYPE_F16);
+    for (const ggml_tensor * t : { k, v }) {
+        GGML_ASSERT(t->nb[2] == ggml_row_size(t->type, t->ne[0]));
+    }
+    GGML_ASSERT(ggml_is_contiguous(staging) && ggml_is_vector(staging));
+
+    ggml_tensor * result = fasa_attn_impl(ctx, q, k, v, mask, sinks, scale, softcap, GGML_FASA_MODE_STAGED);
+
+    result->src[GGML_FASA_SRC_STAGING] = staging;
+    GGML_ASSERT(ggml_fasa_staged_heads(result) > 0);
+
+    return result;
 }

@@ -8,13 +8,15 @@
 #include "ggml-fasa.h"
 #include "llama-fasa.h"
 
+#include "ggml-cpp.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cinttypes>
 
-// What variant C leaves free on a device for everything else: compute buffers, and the margin of llama.cpp's own fitting.
-static constexpr uint64_t RESERVE = 1ull << 30;
+// What variant C leaves free on a device for everything else: compute buffers, and the 1 GiB that llama.cpp's fitting leaves free.
+static constexpr uint64_t RESERVE = 2ull << 30;
 
 // Bytes that K, V and index of all layers on a device take in variant C.
 static uint64_t bytes_on_device(const llama_model & model, ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
@@ -47,6 +49,35 @@ static uint64_t free_on_device(const llama_model & model, ggml_backend_dev_t dev
     return free;
 }
 
+// Whether the device can read such a cache densely, too. Asked with an op of its shape over a few cells.
+static bool can_stage(const llama_hparams & hparams, ggml_backend_dev_t dev, uint32_t il, ggml_type type_k, ggml_type type_v) {
+    ggml_init_params params = { 16*ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx_ptr(ggml_init(params));
+    ggml_context * ctx = ctx_ptr.get();
+
+    constexpr int64_t N_CELLS = 256;
+    const int64_t d_k = hparams.n_embd_head_k(il);
+    const int64_t d_v = hparams.n_embd_head_v(il);
+    const int64_t G   = hparams.n_head_kv(il);
+    auto rows = [&](ggml_type type, int64_t d) {
+        ggml_tensor * t = ggml_new_tensor_2d(ctx, type, d*G, N_CELLS);
+        return ggml_view_3d(ctx, t, d, N_CELLS, G, t->nb[1], ggml_row_size(type, d), 0);
+    };
+    const ggml_tensor * staged = ggml_fasa_staged(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d_k, 1, hparams.n_head(il)),
+            rows(type_k, d_k), rows(type_v, d_v), ggml_new_tensor_2d(ctx, GGML_TYPE_F16, N_CELLS, 1), nullptr,
+            ggml_new_tensor_1d(ctx, GGML_TYPE_I8, ggml_fasa_staging_size(type_k, d_k, type_v, d_v, N_CELLS, 1, G)), 1.0f, 0.0f);
+    return ggml_backend_dev_supports_op(dev, staged);
+}
+
+// The first layer of a device that decodes sparse.
+static uint32_t first_of_device(const llama_model & model, ggml_backend_dev_t dev) {
+    uint32_t il = 0;
+    while (model.dev_layer(il) != dev || model.fasa->layer(il).n_tip == 0) {
+        ++il;
+    }
+    return il;
+}
+
 ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, const llama_model & model, uint32_t il,
         ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
     const llama_fasa_params     params = llama_fasa_get_params();
@@ -61,11 +92,21 @@ ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, c
 
     ggml_backend_dev_t         dev    = model.dev_layer(il);
     ggml_backend_buffer_type_t mapped = ggml_fasa_mapped_buffer_type(dev);
+    if (mapped && !can_stage(model.hparams, dev, il, type_k, type_v)) {
+        mapped = nullptr;
+    }
     if (mapped && params.variant == LLAMA_FASA_VARIANT_M) {
         return mapped;
     }
-    if (!mapped || bytes_on_device(model, dev, type_k, type_v, n_cells) + RESERVE <= free_on_device(model, dev)) {
-        return buft;
+    const uint64_t bytes = bytes_on_device(model, dev, type_k, type_v, n_cells);
+    const uint64_t free  = free_on_device(model, dev);
+    const bool     fits  = bytes + RESERVE <= free && (params.vram == 0 || bytes <= (uint64_t) params.vram << 20);
+    if (il == first_of_device(model, dev)) {
+        // a warning: see llama_fasa_log_stats
+        LLAMA_LOG_WARN("fasa: %s has %" PRIu64 " MiB free, of which %" PRIu64 " are left for other uses%s; K, V and index take %"
+                PRIu64 " MiB: mode %s\n", ggml_backend_dev_name(dev), free >> 20, RESERVE >> 20,
+                params.vram > 0 ? format(", and at most %d for the KV cache", params.vram).c_str() : "", bytes >> 20,
+                fits || !mapped ? "c" : "m");
     }
-    return mapped;
+    return fits || !mapped ? buft : mapped;
 }

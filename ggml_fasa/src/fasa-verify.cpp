@@ -79,7 +79,8 @@ std::string llama_fasa_index_cache::verify(llama_context & lctx) const {
 
         ggml_cgraph * gf = ggml_new_graph(ctx.get());
         layer copy = l;
-        copy.index = anew;
+        copy.index     = anew;
+        copy.row_state = nullptr;
         ggml_build_forward_expand(gf, index_write(ctx.get(), copy, l.k, cells));
         if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
             throw std::runtime_error("FASA: failed to verify the index cache");
