@@ -107,6 +107,84 @@ def test_flash_attention_decided_by_llama_cpp(fasa, text):
     assert np.array_equal(steps_after(auto, prompt, tokens), expected)
 
 
+def loaded(ctx, create):
+    """A context from create in the state of ctx: its index is rebuilt from K, all of it."""
+    other = create(n_ctx=llama().llama_n_ctx(ctx.handle), n_seq=llama().llama_n_seq_max(ctx.handle), unified=False)
+    other.load(ctx.save())
+    return other
+
+
+def same(actual, expected):
+    return difference(actual, expected) <= tolerances.LIFECYCLE_NMSE
+
+
+def test_no_index_within_the_budget(fasa, text):
+    """Nothing is indexed until a step sees more cells than the budget; that step finds all of them, and writes go on."""
+    count = native.ggml()[1].ggml_fasa_cpu_n_index_write
+    tokens, ctx = text(STEPS), fasa()
+    before = count()
+    ctx.decode(text(250))
+    for token in text(6):
+        ctx.decode([token])
+    assert count() == before and ctx.stats().n_step_dense == 6 and ctx.stats().n_index_rebuild == 0
+    reference = loaded(ctx, fasa)
+    assert same(steps(ctx, tokens), steps(reference, tokens))
+    assert ctx.stats().n_index_rebuild == 1 and count() > before
+
+
+def test_budget_crossed_within_a_batch(fasa, text):
+    """The last rows of a prompt are a sparse step of their own, right behind one that wrote no index."""
+    prompt, tokens = text(256), text(1 + STEPS)
+    ctx, short = fasa(n_ubatch=256), fasa(n_ubatch=256)
+    first = ctx.decode(prompt + tokens[:1])
+    assert (ctx.stats().n_step_prefill, ctx.stats().n_step_sparse, ctx.stats().n_index_rebuild) == (1, 1, 1)
+    short.decode(prompt)
+    reference = loaded(short, fasa)
+    assert same([first], steps(reference, tokens[:1]))
+    assert same(steps(ctx, tokens[1:]), steps(reference, tokens[1:]))
+
+
+@pytest.mark.parametrize("budget", [0, 512, 1000], ids=["dense", "padded", "larger"])
+def test_budget_lowered(fasa, text, budget):
+    """A budget lowered while the graph keeps its shape; cells of both times, before and after, are indexed once."""
+    ctx = fasa()
+    for n_rebuild in (1, 2):
+        ctx.set_budget(budget)
+        ctx.decode(text(180))
+        for token in text(20):
+            ctx.decode([token])
+        if n_rebuild == 1:
+            ctx.decode(text(80))
+        reference, tokens = loaded(ctx, fasa), text(STEPS)
+        ctx.set_budget(BUDGET)
+        assert same(steps(ctx, tokens), steps(reference, tokens))
+        assert ctx.stats().n_index_rebuild == n_rebuild
+
+
+def test_one_stream_within_the_budget(fasa, text):
+    """A stream that fits the budget by itself does not when it shares a batch with one that exceeds it."""
+    ctx = fasa(n_ctx=2 * N_CTX, n_seq=2, unified=False)
+    ctx.decode(text(400), seq=0)
+    steps(ctx, text(2), seq=0)
+    ctx.decode(text(200), seq=1)
+    ctx.decode(text(1), seq=1)
+    assert ctx.stats().n_step_dense == 1 and ctx.stats().n_index_rebuild == 0
+    reference = loaded(ctx, fasa)
+    batches = [[(a, 402 + i, [0]), (b, 201 + i, [1])] for i, (a, b) in enumerate(zip(text(STEPS), text(STEPS)))]
+    assert same([ctx.decode_rows(rows) for rows in batches], [reference.decode_rows(rows) for rows in batches])
+    assert ctx.stats().n_step_sparse == 2 + STEPS and ctx.stats().n_index_rebuild == 1
+
+
+def test_restored_graph_is_not_used_again(fasa, text):
+    """A rebuild takes the memory of the graph before it: the step after a load has the shape of the one before."""
+    tokens, ctx = text(STEPS), fasa()
+    steps_after(ctx, text(300), text(2))
+    state = ctx.save()
+    expected = steps(ctx, tokens)
+    ctx.load(state)
+    assert same(steps(ctx, tokens), expected)
+
+
 def test_append(fasa, text):
     """A prompt in pieces."""
     pieces = [text(300), text(37), text(9), text(120)]

@@ -34,6 +34,8 @@ def test_random_lives(request, arch, mode):
     counts = json.loads(done.stdout.splitlines()[-1])
     print(arch, mode, counts)
     assert counts["lives"] == LIVES and counts["steps sparse"] >= 9 * LIVES * 0.9
+    # a prompt begins within the budget and is not indexed before it leaves it: each life rebuilds, and then writes
+    assert counts["rebuilt"] >= LIVES and counts["index writes"] >= counts["steps sparse"]
     assert counts["compared: loaded"] > 0.8 * LIVES
     if LIVES >= 100:
         assert counts["compared: read anew"] > 0.1 * LIVES

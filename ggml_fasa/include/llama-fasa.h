@@ -71,7 +71,7 @@ struct llama_fasa_stats {
     uint64_t n_step_dense;    // decode steps left dense, n_kv being within the budget or the budget 0
     uint64_t n_step_prefill;  // steps with more than max_batch rows of a sequence, dense
     uint64_t n_row_sparse;    // query rows of the sparse and the mixed steps that went through FASA
-    uint64_t n_index_rebuild; // times the index was rebuilt from K
+    uint64_t n_index_rebuild; // times a part of the index was written anew from K
     uint64_t n_step_mixed;    // steps whose decode rows went through FASA while the rest, prompts, were dense
 };
 

@@ -263,8 +263,9 @@ struct llama_fasa_support {
         });
     }
 
-    static llama_fasa_index_cache * attach(llama_kv_cache & kv, const llama_fasa_metadata & md, const llama_fasa_config & config) {
-        kv.fasa = std::make_shared<llama_fasa_index_cache>(kv, md, config);
+    static llama_fasa_index_cache * attach(
+            llama_context & lctx, llama_kv_cache & kv, const llama_fasa_metadata & md, const llama_fasa_config & config) {
+        kv.fasa = std::make_shared<llama_fasa_index_cache>(lctx, kv, md, config);
         return kv.fasa.get();
     }
 
@@ -300,7 +301,10 @@ private:
     }
 };
 
-static llama_fasa_index_cache * fasa_attach(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory) {
+static llama_fasa_index_cache * fasa_attach(llama_context & lctx) {
+    const llama_model   & model   = lctx.get_model();
+    const llama_cparams & cparams = lctx.get_cparams();
+
     const llama_fasa_params params = llama_fasa_get_params();
     if (params.mode == LLAMA_FASA_MODE_OFF) {
         return nullptr;
@@ -341,7 +345,7 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
 
     const llama_fasa_config config = resolve(params, *md);
 
-    llama_kv_cache * kv = full_attention_cache(memory);
+    llama_kv_cache * kv = full_attention_cache(lctx.get_memory());
     const std::string reason = llama_fasa_support::reason(model, cparams, kv, config);
     if (!reason.empty()) {
         if (must || llama_fasa_support::mapped(kv)) { // dense steps over mapped memory would crawl
@@ -356,7 +360,7 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
                 "attention over it (-ngl, no -nkvo)");
     }
 
-    llama_fasa_index_cache * fasa = llama_fasa_support::attach(*kv, *md, config);
+    llama_fasa_index_cache * fasa = llama_fasa_support::attach(lctx, *kv, *md, config);
 
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
@@ -373,10 +377,10 @@ static llama_fasa_index_cache * fasa_attach(const llama_model & model, const lla
     return fasa;
 }
 
-llama_fasa_index_cache * llama_fasa_attach(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory) {
+llama_fasa_index_cache * llama_fasa_attach(llama_context & lctx) {
     fasa_error.clear();
     try {
-        return fasa_attach(model, cparams, memory);
+        return fasa_attach(lctx);
     } catch (const std::exception & e) {
         fasa_error = e.what();
         throw;

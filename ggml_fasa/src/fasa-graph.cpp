@@ -16,19 +16,21 @@ float softcap_of(const llm_graph_context & graph) {
 // Part of every graph, so that one is reused only for steps that it would have been built for.
 class input_step : public llm_graph_input_i {
 public:
-    input_step(const llama_fasa_config & config, const llama_ubatch & ubatch) :
-        config(config), budget(config.budget), n_rows(config.n_decode_rows(ubatch)) {}
+    input_step(const llama_fasa_index_cache & fasa, const llama_ubatch & ubatch) :
+        fasa(fasa), budget(fasa.config.budget), n_rows(fasa.config.n_decode_rows(ubatch)), n_takeover(fasa.n_takeover()) {}
 
     void set_input(const llama_ubatch *) override {}
 
     bool can_reuse(const llm_graph_params & params) override {
-        return config.budget == budget && config.n_decode_rows(params.ubatch) == n_rows;
+        return fasa.config.budget == budget && fasa.config.n_decode_rows(params.ubatch) == n_rows &&
+            fasa.n_takeover() == n_takeover;
     }
 
 private:
-    const llama_fasa_config & config;
-    const int32_t             budget;
-    const int64_t             n_rows;
+    const llama_fasa_index_cache & fasa;
+    const int32_t                  budget;
+    const int64_t                  n_rows;
+    const uint64_t                 n_takeover;
 };
 
 // Flash attention over all cells, of K and V in mapped memory; else llama.cpp's own.
@@ -78,7 +80,7 @@ ggml_tensor * llama_fasa_build_attn(
         return nullptr; // the last is build_rest
     }
     if (fasa->is_first(layer)) {
-        graph.res->add_input(std::make_unique<input_step>(fasa->config, graph.ubatch));
+        graph.res->add_input(std::make_unique<input_step>(*fasa, graph.ubatch));
     }
 
     // only facts that a reused graph shares may decide here: n_kv, and what input_step compares
@@ -143,8 +145,8 @@ ggml_tensor * llama_fasa_build_attn(
 }
 
 ggml_tensor * llama_fasa_build_write(
-        const llama_fasa_index_cache * fasa, ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs) {
-    return fasa ? fasa->build_write(ctx, k, k_set, k_idxs) : k_set;
+        const llama_fasa_index_cache * fasa, ggml_context * ctx, ggml_tensor * k_set, ggml_tensor * k_idxs, int64_t n_kv) {
+    return fasa ? fasa->build_write(ctx, k_set, k_idxs, n_kv) : k_set;
 }
 
 bool llama_fasa_set_mask(llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch, bool causal) {
@@ -163,20 +165,24 @@ void llama_fasa_mark_dirty(llama_fasa_index_cache * fasa, int32_t stream) {
     }
 }
 
-bool llama_fasa_dirty(const llama_fasa_index_cache * fasa) {
-    return fasa && fasa->dirty();
-}
-
-bool llama_fasa_rebuild(llama_fasa_index_cache * fasa, llama_context * lctx) {
-    return llama_fasa_dirty(fasa) && fasa->rebuild(*lctx);
+bool llama_fasa_begin_step(llama_fasa_index_cache * fasa, const std::vector<llama_seq_id> & streams,
+        const std::vector<std::vector<uint32_t>> & cells, int64_t n_kv) {
+    try {
+        if (fasa) {
+            fasa->begin_step(streams, cells, n_kv);
+        }
+        return true;
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
+        return false;
+    }
 }
 
 llama_fasa_restore_guard::~llama_fasa_restore_guard() {
-    if (!llama_fasa_dirty(lctx.get_cparams().fasa)) {
-        return;
-    }
     try {
-        lctx.memory_update(false);
+        if (llama_fasa_index_cache * fasa = lctx.get_cparams().fasa) {
+            fasa->rebuild();
+        }
     } catch (const std::exception & e) {
         // the index stays marked, and the next decode tries again and reports
         LLAMA_LOG_WARN("%s: %s\n", __func__, e.what());

@@ -8,22 +8,21 @@
 #include "ggml-backend.h"
 
 #include <memory>
+#include <vector>
 
 struct gguf_context;
 struct ggml_tensor;
 struct ggml_context;
-struct llama_cparams;
 struct llama_fasa_index_cache;
 struct llama_fasa_metadata;
 struct llama_hparams;
-struct llama_memory_i;
 struct llama_model;
 struct llama_ubatch;
 struct llm_graph_context;
 
-// llama-context: once the memory module exists. Returns the index cache that serves the context, or NULL if it stays
+// llama-context: once the memory module of the context exists. Returns the index cache that serves the context, or NULL if it stays
 // dense. Throws std::runtime_error if FASA was asked for and cannot run.
-llama_fasa_index_cache * llama_fasa_attach(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
+llama_fasa_index_cache * llama_fasa_attach(llama_context & lctx);
 
 // llama-kv-cache: where K and V of a layer go. buft: where llama.cpp puts them, memory of the layer's device; or mapped host memory
 // in variant M. n_cells: of all streams.
@@ -39,12 +38,13 @@ ggml_tensor * llama_fasa_build_attn(
 
 // llama-kv-cache: see the methods of the same names in llama_fasa_index_cache. fasa may be NULL.
 ggml_tensor * llama_fasa_build_write(
-        const llama_fasa_index_cache * fasa, ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs);
+        const llama_fasa_index_cache * fasa, ggml_context * ctx, ggml_tensor * k_set, ggml_tensor * k_idxs, int64_t n_kv);
 bool llama_fasa_set_mask   (llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch, bool causal);
 void llama_fasa_mark_forced(llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch);
 void llama_fasa_mark_dirty (llama_fasa_index_cache * fasa, int32_t stream = -1);
-bool llama_fasa_dirty      (const llama_fasa_index_cache * fasa);
-bool llama_fasa_rebuild    (llama_fasa_index_cache * fasa, llama_context * lctx);
+// false: it failed, and has said so in the log.
+bool llama_fasa_begin_step (llama_fasa_index_cache * fasa, const std::vector<llama_seq_id> & streams,
+        const std::vector<std::vector<uint32_t>> & cells, int64_t n_kv);
 
 // llama-context: rebuilds a dirty index at the end of a scope, so that a restored state decodes at full speed at once.
 class llama_fasa_restore_guard {

@@ -31,8 +31,12 @@ int64_t llama_fasa_config::n_decode_rows(const llama_ubatch & ubatch) const {
     return n;
 }
 
+bool llama_fasa_config::exceeds_budget(int64_t n_kv) const {
+    return budget > 0 && n_kv > GGML_PAD(budget, 256);
+}
+
 int64_t llama_fasa_config::n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const {
-    return budget > 0 && n_kv > GGML_PAD(budget, 256) ? n_decode_rows(ubatch) : 0;
+    return exceeds_budget(n_kv) ? n_decode_rows(ubatch) : 0;
 }
 
 std::string llama_fasa_budget_error(const llama_fasa_config & config, int32_t budget) {
@@ -50,8 +54,8 @@ int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
 }
 
 llama_fasa_index_cache::llama_fasa_index_cache(
-        llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config) :
-    kv(kv), config(config), hadamard(llama_fasa_hadamard(kv)), stream_dirty(kv.n_stream, false) {
+        llama_context & lctx, llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config) :
+    lctx(lctx), kv(kv), config(config), hadamard(llama_fasa_hadamard(kv)), dirty(kv.n_stream) {
 
     const bool no_alloc = kv.hparams.no_alloc;
 
@@ -243,9 +247,9 @@ ggml_tensor * llama_fasa_index_cache::index_write(
 }
 
 ggml_tensor * llama_fasa_index_cache::build_write(
-        ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs) const {
-    const layer * l = find(k);
-    if (!l || l->n_tip == 0) {
+        ggml_context * ctx, ggml_tensor * k_set, ggml_tensor * k_idxs, int64_t n_kv) const {
+    const layer * l = find(k_set->view_src);
+    if (!l || l->n_tip == 0 || !config.exceeds_budget(n_kv)) {
         return k_set;
     }
     // reads the rows just written rather than K before rounding: a rebuild from K then gives the same bits, and
@@ -256,20 +260,51 @@ ggml_tensor * llama_fasa_index_cache::build_write(
 }
 
 void llama_fasa_index_cache::mark_dirty(int32_t stream) {
+    const cell_range all = { 0, kv.get_size() };
     if (stream < 0) {
-        std::fill(stream_dirty.begin(), stream_dirty.end(), true);
+        std::fill(dirty.begin(), dirty.end(), all);
     } else {
-        stream_dirty.at(stream) = true;
+        dirty.at(stream) = all;
     }
 }
 
-bool llama_fasa_index_cache::dirty() const {
-    return std::find(stream_dirty.begin(), stream_dirty.end(), true) != stream_dirty.end();
+bool llama_fasa_index_cache::is_dirty() const {
+    return std::any_of(dirty.begin(), dirty.end(), [](const cell_range & range) { return !range.empty(); });
+}
+
+std::vector<int64_t> llama_fasa_index_cache::used_cells(bool is_dirty) const {
+    std::vector<int64_t> ids;
+    for (size_t s = 0; s < dirty.size(); ++s) {
+        const auto & cells = kv.v_cells[s];
+        const uint32_t begin = is_dirty ? dirty[s].begin : 0;
+        const uint32_t end   = std::min(is_dirty ? dirty[s].end : UINT32_MAX, cells.used_max_p1());
+        for (uint32_t i = begin; i < end; ++i) {
+            if (!cells.is_empty(i) && dirty[s].has(i) == is_dirty) {
+                ids.push_back((int64_t) s*kv.get_size() + i);
+            }
+        }
+    }
+    return ids;
+}
+
+void llama_fasa_index_cache::begin_step(
+        const std::vector<llama_seq_id> & streams, const std::vector<std::vector<uint32_t>> & cells, int64_t n_kv) {
+    if (config.exceeds_budget(n_kv)) {
+        rebuild();
+        return;
+    }
+    for (size_t i = 0; i < streams.size(); ++i) {
+        cell_range & range = dirty.at(streams[i]);
+        for (uint32_t cell : cells[i]) {
+            range.begin = std::min(range.begin, cell);
+            range.end   = std::max(range.end,   cell + 1);
+        }
+    }
 }
 
 namespace {
 
-// The ids of all used cells of the dirty streams.
+// The ids of the cells of a rebuild.
 class input_cells : public llm_graph_input_i {
 public:
     input_cells(ggml_tensor * cells, std::vector<int64_t> ids) : cells(cells), ids(std::move(ids)) {}
@@ -285,19 +320,17 @@ private:
 
 } // namespace
 
-bool llama_fasa_index_cache::rebuild(llama_context & lctx) {
-    std::vector<int64_t> ids;
-    for (size_t s = 0; s < stream_dirty.size(); ++s) {
-        const int64_t n_used = stream_dirty[s] ? kv.v_cells[s].used_max_p1() : 0;
-        for (int64_t i = 0; i < n_used; ++i) {
-            ids.push_back((int64_t) s*kv.get_size() + i);
-        }
+void llama_fasa_index_cache::rebuild() {
+    if (!is_dirty()) {
+        return;
     }
+    std::vector<int64_t> ids = used_cells(true);
     if (ids.empty()) {
-        stream_dirty.assign(stream_dirty.size(), false);
-        return false;
+        dirty.assign(dirty.size(), {});
+        return;
     }
 
+    takeovers++;
     ggml_backend_sched_t sched = lctx.get_sched();
     ggml_backend_sched_reset(sched);
 
@@ -324,9 +357,8 @@ bool llama_fasa_index_cache::rebuild(llama_context & lctx) {
         throw std::runtime_error("FASA: failed to rebuild the index cache");
     }
 
-    stream_dirty.assign(stream_dirty.size(), false);
+    dirty.assign(dirty.size(), {});
     stats.n_index_rebuild++;
-    return true;
 }
 
 llama_fasa_info llama_fasa_index_cache::info() const {

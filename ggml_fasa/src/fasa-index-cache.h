@@ -1,8 +1,8 @@
 // Stage index_cache: the dominant dims of K, kept beside a KV cache and never out of date.
 //
-// K is written in one place, llama_kv_cache::cpy_k, and the index is written by the same call. Whatever else changes K
-// (context shift, state load, copy between streams) marks the index dirty, and llama_kv_cache::update rebuilds it
-// from K before the next batch.
+// K is written in one place, llama_kv_cache_context::cpy_k, and the index is written by the same call if the step sees more
+// cells than the budget. Before that nobody reads it: begin_step marks the cells of such a step dirty, as do a context
+// shift, a state load and a copy between streams, and rebuilds what is dirty from K before the first step that writes.
 
 #pragma once
 
@@ -36,8 +36,11 @@ struct llama_fasa_config {
     // How many rows of a step decode: the first ones, up to a sequence that brings more than max_batch rows.
     int64_t n_decode_rows(const llama_ubatch & ubatch) const;
 
-    // How many rows of a step that sees n_kv cells are sparse: those that decode, or none. n_kv comes padded to 256, so
-    // the budget is padded alike: a cache that fits the budget is always decoded dense.
+    // Whether n_kv cells are more than the budget: only steps that see so many write the index and read it. n_kv comes
+    // padded to 256, so the budget is padded alike: a cache that fits the budget is always decoded dense.
+    bool exceeds_budget(int64_t n_kv) const;
+
+    // How many rows of a step that sees n_kv cells are sparse: those that decode, or none.
     int64_t n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const;
 };
 
@@ -55,7 +58,9 @@ bool llama_fasa_verifies();
 
 struct llama_fasa_index_cache {
     // Allocates the index of every layer that metadata gives FCs and whose K lives in kv. Throws std::runtime_error.
-    llama_fasa_index_cache(llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config);
+    // lctx: the context that runs what the index cache computes.
+    llama_fasa_index_cache(
+            llama_context & lctx, llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config);
     ~llama_fasa_index_cache();
 
     struct layer {
@@ -70,9 +75,13 @@ struct llama_fasa_index_cache {
         ggml_tensor * staging; // of ggml_fasa_staged, shared by the layers of a device; NULL if K and V are not in mapped memory
     };
 
-    // Adds the index write that belongs to a write of K rows. k_set: the SET_ROWS node of cache tensor k.
-    // Returns k_set itself for layers without index.
-    ggml_tensor * build_write(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs) const;
+    // Adds the index write that belongs to a write of K rows in a step that sees n_kv cells. k_set: the SET_ROWS node.
+    // Returns k_set itself for layers without index and for steps within the budget.
+    ggml_tensor * build_write(ggml_context * ctx, ggml_tensor * k_set, ggml_tensor * k_idxs, int64_t n_kv) const;
+
+    // Before the graph of a step that sees n_kv cells and writes K to cells[i] of streams[i]: brings the index up to date,
+    // or remembers that those cells are not going to be in it. Throws std::runtime_error.
+    void begin_step(const std::vector<llama_seq_id> & streams, const std::vector<std::vector<uint32_t>> & cells, int64_t n_kv);
 
     // Fills an attention mask (F16 or F32 [n_kv, rows], 0 or -inf) as llama.cpp does, but without a look at every cell, and
     // marks it. false: the mask is of a kind that is left to llama.cpp.
@@ -81,14 +90,18 @@ struct llama_fasa_index_cache {
     // Marks the forced cells of every row of a mask by -0.0, and counts the step. See ggml_fasa_attn.
     void mark_forced(ggml_tensor * mask, const llama_ubatch & ubatch);
 
-    // After K changed other than by a write: the whole stream (-1: all) is indexed again before the next batch.
+    // After K changed other than by a write: the whole stream (-1: all) is indexed again before it is read.
     void mark_dirty(int32_t stream = -1);
-    bool dirty() const;
-    bool rebuild(llama_context & lctx);
 
-    // Compares the index of every used cell with one taken from K now, except in streams marked dirty. Returns "", or
-    // a sentence that names the first layer, stream, KV head and cell that differ.
-    std::string verify(llama_context & lctx) const;
+    // Indexes all dirty cells. Throws std::runtime_error.
+    void rebuild();
+
+    // How often a rebuild took over the scheduler, which ends the life of the graph that it ran before.
+    uint64_t n_takeover() const { return takeovers; }
+
+    // Compares the index of every used cell that is not dirty with one taken from K now. Returns "", or a sentence that
+    // names the first layer, stream, KV head and cell that differ.
+    std::string verify() const;
 
     // The layer whose cache tensor is k, or NULL.
     const layer * find(const ggml_tensor * k) const;
@@ -101,12 +114,27 @@ struct llama_fasa_index_cache {
     // Read from the devices, so not for every step.
     llama_fasa_row_stats row_stats() const;
 
+    llama_context &   lctx;
     llama_kv_cache &  kv;
     llama_fasa_config config; // but for the budget as at creation
     const int32_t     hadamard;
     llama_fasa_stats  stats = {};
 
 private:
+    // Cells [begin, end) of a stream.
+    struct cell_range {
+        uint32_t begin = UINT32_MAX;
+        uint32_t end   = 0;
+
+        bool empty() const { return end <= begin; }
+        bool has(uint32_t cell) const { return cell >= begin && cell < end; }
+    };
+
+    bool is_dirty() const;
+
+    // The used cells that are dirty, or all others, as rows of the cache tensors.
+    std::vector<int64_t> used_cells(bool is_dirty) const;
+
     // With LLAMA_FASA_VERIFY=1 set_mask leaves its mask here and has llama.cpp fill one too: aborts where they differ.
     void verify_mask(const ggml_tensor * mask);
 
@@ -119,10 +147,11 @@ private:
 
     std::vector<layer>                                 layers;
     std::unordered_map<const ggml_tensor *, size_t>    layer_of_k;
-    std::vector<bool>                                  stream_dirty;
+    std::vector<cell_range>                            dirty; // of each stream
     std::vector<uint8_t>                               mask_to_verify;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
 
+    uint64_t takeovers   = 0;
     uint64_t index_bytes = 0;
     uint64_t kv_bytes     = 0;
     uint64_t mapped_bytes = 0;

@@ -147,6 +147,7 @@ void llama_fasa_index_cache::mark_forced(ggml_tensor * mask, const llama_ubatch 
         (whole ? stats.n_step_dense : stats.n_step_prefill)++;
         return;
     }
+    GGML_ASSERT(!is_dirty() && "FASA: a sparse step over an index that is out of date");
     (whole ? stats.n_step_sparse : stats.n_step_mixed)++;
     stats.n_row_sparse += n_rows;
 

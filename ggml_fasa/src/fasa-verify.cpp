@@ -42,16 +42,8 @@ int64_t cell_in_tile(ggml_fasa_index_type type, size_t byte) {
 
 } // namespace
 
-std::string llama_fasa_index_cache::verify(llama_context & lctx) const {
-    std::vector<int64_t> ids;
-    for (size_t s = 0; s < kv.v_cells.size(); ++s) {
-        const auto & cells = kv.v_cells[s];
-        for (uint32_t i = 0; i < cells.used_max_p1() && !stream_dirty[s]; ++i) {
-            if (!cells.is_empty(i)) {
-                ids.push_back((int64_t) s*kv.get_size() + i);
-            }
-        }
-    }
+std::string llama_fasa_index_cache::verify() const {
+    const std::vector<int64_t> ids = used_cells(false);
     if (ids.empty()) {
         return "";
     }
@@ -115,7 +107,7 @@ void llama_fasa_verify(llama_context & lctx) {
     if (!llama_fasa_verifies() || !fasa) {
         return;
     }
-    const std::string wrong = fasa->verify(lctx);
+    const std::string wrong = fasa->verify();
     if (!wrong.empty()) {
         GGML_ABORT("%s", wrong.c_str());
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support import gguf_keys, tiny_gguf, tolerances
+from support import gguf_keys, native, tiny_gguf, tolerances
 from support.runtime import ON, Model, NoSlot, fasa_params, llama
 from support.tiny_gguf import N_VOCAB, Shape, write_tiny_gguf
 
@@ -353,6 +353,7 @@ def main():
             rng = np.random.default_rng([args.seed, list(ARCHS).index(args.arch), args.streams, number])
             done += Life(model, args.arch, rng, not args.streams, folder).run()
             done["lives"] += 1
+    done["index writes"] = native.ggml()[1].ggml_fasa_cpu_n_index_write()
     print(json.dumps(done))
 
 
