@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
     "--fasa",
     "--fasa-budget",
+    "--fasa-budget-schedule",
     "--fasa-sink",
     "--fasa-recent",
     "--fasa-max-batch",
@@ -178,6 +179,8 @@ def test_settings_reach_c() -> None:
         {"index_type": "q5"},
         {"index_type": 2},
         {"variant": "x"},
+        {"budget_schedule": 0},
+        {"budget_schedule": 150.0},
     ],
     ids=str,
 )

@@ -31,6 +31,7 @@ enum llama_fasa_variant {
 #define LLAMA_FASA_N_SINK_DEFAULT 4
 #define LLAMA_FASA_N_RECENT_DEFAULT 32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT 8
+#define LLAMA_FASA_BUDGET_SCHEDULE_DEFAULT 100
 
 #define LLAMA_FASA_COUNT_MAX 16777216
 
@@ -42,6 +43,8 @@ struct llama_fasa_params {
     int32_t max_batch;
     int32_t index_type;
     int32_t variant;
+    int32_t budget_schedule;
+
 };
 
 struct llama_fasa_info {
@@ -58,6 +61,7 @@ struct llama_fasa_info {
     uint64_t index_bytes;
     uint64_t kv_bytes;
     uint64_t mapped_bytes;
+    int32_t  budget_schedule;
 };
 
 struct llama_fasa_stats {

@@ -26,6 +26,8 @@ class FasaParams:
         index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
         variant: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, CUDA only) or "auto" (c if
             it fits into the memory of the device, else m).
+        budget_schedule: budget of the first sparse layer in percent of budget, 1 to 199; the last one gets 200 less this,
+            those between lie on a line, and the mean is budget. Above 100: a pyramid.
     """
 
     mode: Mode = "auto"
@@ -35,6 +37,7 @@ class FasaParams:
     max_batch: int | None = None
     index_type: str | None = None
     variant: str = "auto"
+    budget_schedule: int | None = None
 
     def to_c(self) -> Any:
         """A new ``struct llama_fasa_params *``; FasaConfigError for a value that C could take for "not set"."""
@@ -44,7 +47,7 @@ class FasaParams:
             raise FasaConfigError(f"fasa must be True, False or 'auto', not {self.mode!r}")
         c = ffi.new("struct llama_fasa_params *", lib.llama_fasa_default_params())
         c.mode = modes[self.mode]
-        for name, least in (("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1)):
+        for name, least in (("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1), ("budget_schedule", 1)):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -86,6 +89,7 @@ class FasaInfo:
     index_bytes: int
     kv_bytes: int
     mapped_bytes: int
+    budget_schedule: int
 
     @classmethod
     def from_c(cls, c: Any) -> FasaInfo:

@@ -32,6 +32,7 @@ enum llama_fasa_variant {
 #define LLAMA_FASA_N_RECENT_DEFAULT   32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT   8
 #define LLAMA_FASA_INDEX_TYPE_DEFAULT  GGML_FASA_INDEX_Q4
+#define LLAMA_FASA_BUDGET_SCHEDULE_DEFAULT 100
 
 #define LLAMA_FASA_COUNT_MAX    16777216 // most tokens in any setting, 2^24
 
@@ -43,6 +44,8 @@ struct llama_fasa_params {
     int32_t max_batch;  // most query rows per sequence that decode sparse; more are dense (prefill); 0 = not set
     int32_t index_type; // enum ggml_fasa_index_type; -1 = not set
     int32_t variant;    // enum llama_fasa_variant
+    int32_t budget_schedule; // budget of the first sparse layer in percent of budget; the last one gets 200 less this, those
+                             // between lie on a line, and the mean is budget; 1 to 199, 100 = all alike; 0 = not set
 };
 
 // What a context runs.
@@ -60,6 +63,7 @@ struct llama_fasa_info {
     uint64_t index_bytes;    // size of the index cache
     uint64_t kv_bytes;       // size of the K and V cache
     uint64_t mapped_bytes;   // part of kv_bytes that is in host memory and read by the device in place (FASA-M); 0: FASA-C
+    int32_t  budget_schedule; // 100: all layers have the same budget
 };
 
 // What a context has run. A step is one ubatch.

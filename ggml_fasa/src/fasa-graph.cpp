@@ -107,7 +107,7 @@ ggml_tensor * llama_fasa_build_attn(
                 all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
 
         cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, index, layer->dims, kq_scale, softcap,
-                fasa->config.budget, fasa->config.index_type, fasa->hadamard);
+                fasa->budget(layer), fasa->config.index_type, fasa->hadamard);
         graph.cb(cur, "fasa_attn", il);
     } else {
         cur = ggml_fasa_dense(ctx, q, k, v, kq_mask, sinks, kq_scale, softcap);

@@ -29,6 +29,10 @@ struct llama_fasa_config {
     int32_t n_sink;
     int32_t n_recent;
     int32_t max_batch;
+    int32_t budget_schedule; // llama_fasa_params
+
+    // The budget of the i-th of n sparse layers.
+    int32_t layer_budget(int32_t i, int32_t n) const;
 
     ggml_fasa_index_type index_type;
 
@@ -36,7 +40,7 @@ struct llama_fasa_config {
     int64_t n_decode_rows(const llama_ubatch & ubatch) const;
 
     // How many rows of a step that sees n_kv cells are sparse: those that decode, or none. n_kv comes padded to 256, so
-    // the budget is padded alike: a cache that fits the budget is always decoded dense.
+    // the budget is padded alike: a cache that fits the budget of every layer is always decoded dense.
     int64_t n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const;
 };
 
@@ -57,6 +61,7 @@ struct llama_fasa_index_cache {
     struct layer {
         int32_t       il;
         int32_t       n_tip; // 0: a dense layer, which has no index and no dims
+        int32_t       i_sparse; // its place among the sparse layers
         bool          mapped; // K and V are in mapped host memory
         ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
@@ -83,6 +88,9 @@ struct llama_fasa_index_cache {
     // The layer whose cache tensor is k, or NULL.
     const layer * find(const ggml_tensor * k) const;
 
+    // The tokens that a sparse layer keeps in steps built from now on.
+    int32_t budget(const layer * l) const { return config.layer_budget(l->i_sparse, n_sparse); }
+
     // Whether it is the first layer that a graph meets.
     bool is_first(const layer * l) const { return l == layers.data(); }
 
@@ -97,6 +105,7 @@ private:
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
 
     std::vector<layer>                                 layers;
+    int32_t                                            n_sparse = 0;
     std::unordered_map<const ggml_tensor *, size_t>    layer_of_k;
     std::vector<bool>                                  stream_dirty;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
