@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
     "--fasa",
     "--fasa-budget",
+    "--fasa-budget-schedule",
     "--fasa-sink",
     "--fasa-recent",
     "--fasa-max-batch",
@@ -181,6 +182,8 @@ def test_settings_reach_c() -> None:
         {"variant": "x"},
         {"vram": 0},
         {"vram": 1.5},
+        {"budget_schedule": 0},
+        {"budget_schedule": 150.0},
     ],
     ids=str,
 )

@@ -17,6 +17,8 @@ BAD = [
     ("--fasa-budget", "256x"),
     ("--fasa-budget", ""),
     ("--fasa-budget", "99999999999"),
+    ("--fasa-budget-schedule", "200"),
+    ("--fasa-budget-schedule", "3:1"),
     ("--fasa-sink", "-1"),
     ("--fasa-recent", "1.5"),
     ("--fasa-max-batch", "0"),

@@ -60,10 +60,10 @@ class Subject:
         keys = fasa_keys(len(n_tip), n_head_kv, n_rot, n_tip, self.fcs, rope_type)
         self.path = with_keys(plain, folder / f"{arch}.gguf", keys)
 
-    def numpy(self, **kwargs):
+    def numpy(self, budget=BUDGET, **kwargs):
         from support.numpy_llama import NumpyLlama
 
-        return NumpyLlama(self.hf, self.fcs, BUDGET, N_SINK, N_RECENT, **kwargs)
+        return NumpyLlama(self.hf, self.fcs, budget, N_SINK, N_RECENT, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,27 @@ def test_decode_steps_are_sparse(subjects, arch, n_prompt, index_type):
     assert tolerances.nmse(dense, expected) > 100 * tolerances.MODEL_NMSE
 
 
+@pytest.mark.parametrize(
+    "budget, schedule, budgets",
+    [(64, 150, (96, 0, 32)), (64, 51, (33, 0, 95)), (300, 180, (540, 0, 60))],
+    ids=["pyramid", "inverted", "one layer has room for all"],
+)
+def test_budget_schedule(subjects, budget, schedule, budgets):
+    """Each sparse layer keeps its own number of cells; none is dense because the budget of another has room for all."""
+    subject, n_prompt = subjects("llama"), 400
+    steps = subject.tokens[n_prompt : n_prompt + 24]
+    oracle = subject.numpy(budgets)
+    oracle.forward(subject.tokens[:n_prompt])
+    expected, margins = map(np.concatenate, zip(*(oracle.forward([token], sparse=True) for token in steps)))
+    params = fasa_params(ON, budget, N_SINK, N_RECENT, index_type="f16", budget_schedule=schedule)
+    with params, Model(subject.path) as model, model.context() as ctx:
+        ctx.decode(subject.tokens[:n_prompt])
+        actual = np.stack([ctx.decode([token]) for token in steps])
+        info, stats = ctx.info(), ctx.stats()
+    check_rows(actual, expected, margins)
+    assert (info.budget, info.budget_schedule, stats.n_step_sparse) == (budget, schedule, len(steps))
+
+
 @ARCH
 def test_who_runs_dense_layers(subjects, arch):
     """In sparse steps fac over all cells, in all others llama.cpp."""
@@ -198,12 +219,13 @@ def test_budget_of_all_is_off(subjects, arch, index_type):
     logits = {}
     with Model(subject.path) as model:
         everything = fasa_params(ON, 1024, N_SINK, N_RECENT, index_type=index_type)
-        for name, params in {"off": fasa_params(OFF), "all": everything}.items():
+        pyramid = fasa_params(ON, 1600, N_SINK, N_RECENT, index_type=index_type, budget_schedule=150)
+        for name, params in {"off": fasa_params(OFF), "all": everything, "pyramid": pyramid}.items():
             with params, model.context() as ctx:
                 first = ctx.decode(subject.tokens[:500])
                 logits[name] = np.stack([first] + [ctx.decode([t]) for t in subject.tokens[500:532]])
                 assert ctx.stats().n_step_sparse == 0
-    assert np.array_equal(logits["off"], logits["all"])
+    assert np.array_equal(logits["off"], logits["all"]) and np.array_equal(logits["off"], logits["pyramid"])
 
 
 @ARCH

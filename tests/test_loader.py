@@ -202,6 +202,7 @@ def test_rope_of_the_other_kind(tmp_path):
         ({"fasa.n_sink": 200, "fasa.n_recent": 100}, dict(budget=300)),
         ({"fasa.n_sink": 2**24, "fasa.n_recent": 2**24}, dict(budget=300)),
         ({"fasa.budget": 64}, dict(n_recent=60)),
+        ({}, dict(budget=100, budget_schedule=170)),
     ],
 )
 def test_forced_tokens_must_fit_the_budget(plain, tmp_path, in_file, params):
@@ -242,7 +243,8 @@ def test_contexts_that_cannot(plain, tmp_path, more, sentence):
      ((2, 2**24 + 1, -1, -1, 0, -1), "budget"), ((2, 0, -2, -1, 0, -1), "n_sink"), ((2, 0, -1, -2, 0, -1), "n_recent"),
      ((2, 0, -1, -1, -1, -1), "max_batch"), ((2, 0, -1, 2**31 - 1, 0, -1), "n_recent"),
      ((2, 0, -1, -1, 0, -2), "index_type"), ((2, 0, -1, -1, 0, 3), "index_type"), ((2, 0, -1, -1, 0, -1, 3), "variant"),
-     ((2, 0, -1, -1, 0, -1, 0, -1), "vram")],
+     ((2, 0, -1, -1, 0, -1, 0, -1), "vram"),
+     ((2, 0, -1, -1, 0, -1, 0, 0, 200), "budget_schedule"), ((2, 0, -1, -1, 0, -1, 0, 0, -1), "budget_schedule")],
 )  # fmt: skip
 def test_params_out_of_range_change_nothing(params, name):
     ffi, lib = fasa_api()

@@ -1,6 +1,7 @@
 """The developer programs that measure: on tiny models and on rows made up here."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.runtime import ON, Model, fasa_params
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench_decode  # noqa: E402
+import eval_tasks  # noqa: E402
 import soak  # noqa: E402
 import upstream_tests  # noqa: E402
 
@@ -197,6 +199,63 @@ def test_bench_gpu_refuses(tmp_path):
     ]:
         done = subprocess.run(["bash", TOOLS / "bench_gpu.sh", *options], capture_output=True, text=True, check=False)
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_eval_quality(bin_dir, smollm2, tmp_path):
+    """A row for each variant, budget and context, in one command; another run measures what is missing only."""
+    calibrate = tmp_path / "fasa-calibrate"
+    calibrate.write_text(f'#!/bin/sh\nexec {sys.executable} -m fasa_calibrate "$@"\n')
+    calibrate.chmod(0o755)
+    text, out = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text("One, two, three. " * 300)
+    programs = ["--llama-perplexity", bin_dir / "llama-perplexity", "--fasa-calibrate", calibrate, "--threads", 2]
+    subject = ["--model", smollm2, "--text", text, "--ctx", 512, "--chunks", 1, "--work", tmp_path / "work"]
+    more = ["--calibrate-args=--n-ctx 600 --n-query 1 --n-tip 1"]
+
+    def measure(*variants):
+        options = ["--variants", *variants, "--budget", 128, "--out", out]
+        done = run("eval_quality.py", *programs, *subject, *more, *options)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    rows = measure("default", "kv-q8_0")
+    assert [(r["variant"], r["budget"]) for r in rows] == [("default", 128), ("kv-q8_0", None)]
+    rows = measure("default", "pyramid", "kv-q8_0")
+    assert [r["variant"] for r in rows] == ["default", "kv-q8_0", "pyramid"]
+    assert all(r["ppl_base"] == rows[0]["ppl_base"] and r["kl"] > 0 and "seconds" in r for r in rows)
+    assert rows[0]["n_layer_sparse"] == "28" and "kv_mib" not in rows[1]
+    assert len({r["kl"] for r in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("task", eval_tasks.TASKS)
+def test_task_prompts(task):
+    """Prompts fill the context, hold what is asked for at the depth that is said, and share a text between depths."""
+
+    def count(text):
+        return len(text.split())
+
+    made = {d: eval_tasks.prompt(task, random.Random(7), d, 500, count) for d in (0.05, 0.45, 0.95)}
+    for depth, (text, wanted) in made.items():
+        assert 400 < count(text) <= 500 and wanted in text and not text.endswith(wanted)
+        if task != "words":
+            assert abs(text.index(wanted) / len(text) - depth) < 0.1
+    (first, _), (_, _), (last, _) = made.values()
+    if task in ("passkey", "single", "multikey"):
+        same = next(i for i, (a, b) in enumerate(zip(last, first)) if a != b)
+        assert same > (0.9 if task == "multikey" else 0.03) * len(first)
+
+
+def test_eval_tasks(bin_dir, random_model, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    args = ["--model", random_model, "--llama-server", bin_dir / "llama-server", "--ctx", 1024, "--threads", 2]
+    args += ["--tasks", "passkey", "multikey", "--n", 3, "--out", out]
+    for budgets, n_row in ((["64"], 4), (["64", "128"], 6)):
+        done = run("eval_tasks.py", *args, "--budget", *budgets)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(rows) == n_row
+    assert {(r["task"], r["budget"]) for r in rows} == {(t, b) for t in ("passkey", "multikey") for b in (0, 64, 128)}
+    assert all(r["hits"] == sum(r["by_depth"].values()) and len(r["by_depth"]) == 3 for r in rows)
 
 
 def test_agreement_ends_at_the_first_difference():

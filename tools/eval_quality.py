@@ -1,11 +1,14 @@
 """How far FASA's output is from dense attention, by llama-perplexity: perplexity ratio, KL divergence, top-1 agreement.
 
-    python tools/eval_quality.py --model M.gguf --text T.txt --ctx 4096 8192 --budget 256 512 --out rows.jsonl
+    python tools/eval_quality.py --model A.gguf B.gguf --text test.txt --out docs/benchmarks/quality.jsonl
+    python tools/eval_quality.py --model M.gguf --text T.txt --ctx 4096 --chunks 2 --variants default oracle
     python tools/eval_quality.py --docs
 
-For each context the text is run once dense, saving the logits, then once for each variant and budget with every batch
-served sparse by the op that ships. Logits take n_vocab * n_ctx bytes per chunk on disk. --docs writes the rows of
-docs/benchmarks/quality.jsonl into docs/quality.md.
+The first command is the whole table of docs/quality.md. For each context the text is run once dense, saving the
+logits, then once for each variant and budget with every batch served sparse by the op that ships. Rows that --out
+holds already are not measured again, so a run that was stopped goes on. Logits take n_vocab * n_ctx bytes per chunk
+on disk. --docs writes the rows of docs/benchmarks/quality.jsonl into docs/quality.md; tools/plot_benchmarks.py draws
+them.
 """
 
 import argparse
@@ -17,18 +20,20 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 
+import eval_tasks
 from machine import ROOT, emit, find_tool, row
 
 UBATCH = 512
-ROWS, DOCS = ROOT / "docs" / "benchmarks" / "quality.jsonl", ROOT / "docs" / "quality.md"
+FOLDER, DOCS = ROOT / "docs" / "benchmarks", ROOT / "docs" / "quality.md"
+ROWS = FOLDER / "quality.jsonl", FOLDER / "tasks.jsonl"
 BEGIN, END = "<!-- tools/eval_quality.py --docs writes from here -->\n", "<!-- to here -->\n"
 
 # variant -> (what it is, arguments of fasa-calibrate, arguments of llama-perplexity); {..} see arguments()
 ON = ["--fasa", "on", "--fasa-max-batch", str(UBATCH), "--fasa-budget", "{budget}"]
 VARIANTS = {
     "default": ("what fasa-calibrate stores", [], ON),
-    "mass": ("FCs by attention mass", ["--criterion", "mass"], ON),
     "overlap": ("FCs by overlap with the tokens of full scores", ["--criterion", "overlap"], ON),
     "error": ("FCs by output error", ["--criterion", "error"], ON),
     "ca": ("FCs by the paper's contextual agreement, else as the default", ["--criterion", "ca"], ON),
@@ -47,6 +52,13 @@ VARIANTS = {
         "the paper's rule, but per KV group: a quarter of the FCs by contextual agreement, nothing forced, one layer dense",
         ["--criterion", "ca", "--n-tip", "{quarter}", "--sink", "0", "--recent", "0", "--dense-layers", "1"],
         [*ON, "--fasa-sink", "0", "--fasa-recent", "0", "--fasa-index-type", "f16"],
+    ),
+    "index-f16": ("as the default, with an index in f16", [], [*ON, "--fasa-index-type", "f16"]),
+    "index-q8": ("as the default, with an index in q8", [], [*ON, "--fasa-index-type", "q8"]),
+    "pyramid": (
+        "budgets of 3/2 in the first sparse layer to 1/2 in the last",
+        [],
+        [*ON, "--fasa-budget-schedule", "150"],
     ),
     "kv-q8_0": ("dense, K and V in q8_0", None, ["--fasa", "off", "-ctk", "q8_0", "-ctv", "q8_0"]),
     "kv-q4_0": ("dense, K and V in q4_0", None, ["--fasa", "off", "-ctk", "q4_0", "-ctv", "q4_0"]),
@@ -116,15 +128,22 @@ def table(rows):
         return r["model"].split(" ")[0].split(".gguf")[0], r["text"], r["chunks"], r["ctx"]
 
     for (model, text, chunks, ctx), group in itertools.groupby(sorted(rows, key=subject), subject):
+        group = list(group)
+        seconds = sum(r.get("seconds") or 0 for r in group)
+        took = f", measured in {seconds / 60:.0f} min on {group[0].get('gpu') or group[0]['cpu']}" if seconds else ""
         lines += [
             "",
-            f"{model}, {text}, context {ctx}, {'all' if chunks < 0 else chunks} chunks:",
+            f"{model}, {text}, context {ctx}, {'all' if chunks < 0 else chunks} chunks{took}:",
             "",
             "| variant | budget | index | sparse layers | ppl ratio | mean KL from dense | same top-1 % | commit |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for r in sorted(group, key=lambda r: (r["budget"] or 0, r["kl"])):
-            index = f"{r['index_type']}, 1/{float(r['kv_mib']) / float(r['index_mib']):.1f} of KV" if r.get("kv_mib") else ""
+            index = (
+                f"{r['index_type']}, 1/{float(r['kv_mib']) / float(r['index_mib']):.1f} of KV"
+                if r.get("kv_mib")
+                else ""
+            )
             layers = f"{r['n_layer_sparse']} of {int(r['n_layer_sparse']) + int(r['n_layer_dense'])}" if index else ""
             lines.append(
                 f"| {r['variant']} | {r['budget'] or ''} | {index} | {layers} | {r['ppl_ratio']:.4f} | "
@@ -135,63 +154,106 @@ def table(rows):
 
 def with_tables(docs):
     """The text of docs/quality.md with the tables of all rows between its marks."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    rows, tasks = ([json.loads(line) for line in path.read_text().splitlines()] for path in ROWS)
     before, rest = docs.split(BEGIN)
-    return before + BEGIN + table(rows) + "\n\n" + END + rest.split(END)[1]
+    plots = "\n".join(
+        f"![KL divergence by budget]({FOLDER.name}/{p.name})\n" for p in sorted(FOLDER.glob("quality-*.png"))
+    )
+    parts = table(rows), plots, "## Retrieval", eval_tasks.table(tasks), ""
+    return before + BEGIN + "\n\n".join(filter(None, parts)) + "\n" + END + rest.split(END)[1]
 
 
-def evaluate(args, work, tools):
+def done(out):
+    """[settings of a row, ...] of what a file holds already; see settings_of."""
+    return [settings_of(json.loads(line)) for line in out.read_text().splitlines()] if out and out.exists() else []
+
+
+def settings_of(measured):
+    """What a row is a measurement of."""
+    return [measured.get(k) for k in ("model", "text", "ctx", "chunks", "variant", "budget", "calibrate_args")]
+
+
+def plan(args):
+    """(context, variant, budget) of every row that is asked for."""
+    for ctx, variant in itertools.product(args.ctx, args.variants):
+        for budget in args.budget if VARIANTS[variant][1] is not None else [None]:
+            yield ctx, variant, budget
+
+
+def measure(command):
+    """Figures of a run of llama-perplexity, which now and then ends before it has written out its log."""
+    for _ in range(3):
+        output = check_run(command)
+        if re.search(FIGURES["top1"], output):
+            break
+    return parse_figures(output)
+
+
+def evaluate(args, model, work, tools):
+    """The rows of a model that --out does not hold yet, each with the seconds since the one before."""
     perplexity, calibrate = tools
-    rows = []
-    for ctx in args.ctx:
-        logits = work / f"dense-{ctx}.logits"
+    text, have, clock, rows = pathlib.Path(args.text).name, done(args.out), time.monotonic(), []
+    for ctx, variant, budget in plan(args):
+        settings = dict(variant=variant, budget=budget, ctx=ctx, chunks=args.chunks, text=text)
+        measured = row("quality", model, **settings, calibrate_args=args.calibrate_args)
+        if settings_of(measured) in have:
+            continue
+        _, how, options = VARIANTS[variant]
+        values = {"budget": budget, "window": (budget or 0) - 5, "quarter": n_fc(model) // 4}
 
-        def run(*more, ctx=ctx, logits=logits):
-            given = ["-m", args.model, "-f", args.text, "-c", str(ctx), "--chunks", str(args.chunks)]
-            fixed = ["-b", "2048", "-ub", str(UBATCH), "-fa", "on", "--kl-divergence-base", logits]
-            return check_run([perplexity, *given, *fixed, "-t", str(args.threads), "-ngl", str(args.n_gpu_layers), *more])
-
+        command = [perplexity, "-m", model, "-f", args.text, "-c", str(ctx), "--chunks", str(args.chunks), "-fa", "on"]
+        command += [
+            "-b",
+            str(min(ctx, 2048)),
+            "-ub",
+            str(UBATCH),
+            "-t",
+            str(args.threads),
+            "-ngl",
+            str(args.n_gpu_layers),
+        ]
+        logits = work / f"dense-{ctx}-{args.chunks}.logits"
         if not logits.exists():
-            run("--fasa", "off")
-        for variant in args.variants:
-            _, how, settings = VARIANTS[variant]
-            sidecar = work / f"{variant}.gguf"
-            for budget in args.budget if how is not None else [None]:
-                values = {"budget": budget, "window": (budget or 0) - 5, "quarter": n_fc(args.model) // 4}
-                if how is not None and not sidecar.exists():
-                    more = [*arguments(how, **values), *args.calibrate_args.split()]
-                    check_run([calibrate, args.model, "--sidecar", "-o", sidecar, "--threads", str(args.threads), *more])
-                named = [] if how is None else ["--fasa-file", sidecar]
-                figures = parse_figures(run("--kl-divergence", *arguments(settings, **values), *named))
-                settings_of_row = dict(variant=variant, budget=budget, ctx=ctx, chunks=args.chunks)
-                text = pathlib.Path(args.text).name
-                rows.append(
-                    row("quality", args.model, **settings_of_row, text=text, calibrate_args=args.calibrate_args, **figures)
-                )
-                emit(rows[-1], args.out)
-                print(f"context {ctx}, {variant}, budget {budget}: KL {rows[-1]['kl']:.5f}", file=sys.stderr)
+            part = logits.with_suffix(".part")
+            check_run([*command, "--kl-divergence-base", part, "--fasa", "off"])
+            part.rename(logits)
+
+        command += ["--kl-divergence-base", logits, "--kl-divergence", *arguments(options, **values)]
+        if how is not None:
+            how = [*arguments(how, **values), *args.calibrate_args.split()]
+            sidecar = work / f"{'-'.join(['calibrated', *how]).replace('/', '-')}.gguf"
+            if not sidecar.exists():
+                check_run([calibrate, model, "--sidecar", "-o", sidecar, "--threads", str(args.threads), *how])
+            command += ["--fasa-file", sidecar]
+        measured.update(measure(command))
+        measured["seconds"], clock = round(time.monotonic() - clock), time.monotonic()
+        emit(measured, args.out)
+        print(f"context {ctx}, {variant}, budget {budget}: KL {measured['kl']:.5f}", file=sys.stderr)
+        rows.append(measured)
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__ + "\nvariants:\n" + "\n".join(f"  {name:8} {what}" for name, (what, _, _) in VARIANTS.items()),
+        description=__doc__
+        + "\nvariants:\n"
+        + "\n".join(f"  {name:8} {what}" for name, (what, _, _) in VARIANTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="GGUF; it is not changed")
+    parser.add_argument("--model", nargs="+", help="GGUF files; they are not changed")
     parser.add_argument("--text", help="text to predict; not the calibration text")
     parser.add_argument("--docs", action="store_true", help="write the tables of docs/quality.md, and do nothing else")
-    parser.add_argument("--ctx", type=int, nargs="+", default=[4096])
-    parser.add_argument("--chunks", type=int, default=8, help="contexts evaluated, -1: all (default: 8)")
-    parser.add_argument("--budget", type=int, nargs="+", default=[256])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default", "oracle", "ca", "random"])
+    parser.add_argument("--ctx", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--chunks", type=int, default=-1, help="contexts evaluated (default: all)")
+    parser.add_argument("--budget", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--n-gpu-layers", type=int, default=0)
     parser.add_argument("--work", help="folder for sidecars and logits, kept and used again (default: a temporary one)")
     parser.add_argument("--calibrate-args", default="", help="more arguments of fasa-calibrate, in one string")
     parser.add_argument("--llama-perplexity", help="path of the program (default: the installed one)")
     parser.add_argument("--fasa-calibrate", help="path of the program (default: the installed one)")
-    parser.add_argument("--out", help="append the JSON lines to this file instead of printing them")
+    parser.add_argument("--out", type=pathlib.Path, help="append the JSON lines to this file instead of printing them")
     args = parser.parse_args()
     if args.docs:
         DOCS.write_text(with_tables(DOCS.read_text()))
@@ -201,9 +263,12 @@ def main():
 
     tools = find_tool("llama-perplexity", args.llama_perplexity), find_tool("fasa-calibrate", args.fasa_calibrate)
     with tempfile.TemporaryDirectory() as temporary:
-        work = pathlib.Path(args.work or temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        print(table(evaluate(args, work, tools)))
+        rows = []
+        for model in args.model:
+            work = pathlib.Path(args.work or temporary) / pathlib.Path(model).stem
+            work.mkdir(parents=True, exist_ok=True)
+            rows += evaluate(args, model, work, tools)
+        print(table(rows))
 
 
 if __name__ == "__main__":

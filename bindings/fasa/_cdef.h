@@ -31,6 +31,7 @@ enum llama_fasa_variant {
 #define LLAMA_FASA_N_SINK_DEFAULT 4
 #define LLAMA_FASA_N_RECENT_DEFAULT 32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT 8
+#define LLAMA_FASA_BUDGET_SCHEDULE_DEFAULT 100
 
 #define LLAMA_FASA_COUNT_MAX 16777216
 
@@ -43,6 +44,8 @@ struct llama_fasa_params {
     int32_t index_type;
     int32_t variant;
     int32_t vram;
+    int32_t budget_schedule;
+
 };
 
 struct llama_fasa_info {
@@ -61,6 +64,7 @@ struct llama_fasa_info {
     uint64_t mapped_bytes;
     uint64_t staging_bytes;
     uint64_t rows_bytes;
+    int32_t  budget_schedule;
 };
 
 struct llama_fasa_stats {

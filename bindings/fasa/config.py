@@ -27,6 +27,8 @@ class FasaParams:
         variant: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, CUDA only) or "auto" (c if
             it fits into the memory of the device, else m).
         vram: MiB of each device's memory that variant m may take for the KV cache; at least 1, None for no bound.
+        budget_schedule: budget of the first sparse layer in percent of budget, 1 to 199; the last one gets 200 less this,
+            those between lie on a line, and the mean is budget. Above 100: a pyramid.
     """
 
     mode: Mode = "auto"
@@ -37,6 +39,7 @@ class FasaParams:
     index_type: str | None = None
     variant: str = "auto"
     vram: int | None = None
+    budget_schedule: int | None = None
 
     def to_c(self) -> Any:
         """A new ``struct llama_fasa_params *``; FasaConfigError for a value that C could take for "not set"."""
@@ -46,7 +49,9 @@ class FasaParams:
             raise FasaConfigError(f"fasa must be True, False or 'auto', not {self.mode!r}")
         c = ffi.new("struct llama_fasa_params *", lib.llama_fasa_default_params())
         c.mode = modes[self.mode]
-        for name, least in (("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1), ("vram", 1)):
+        for name, least in (
+            ("budget", 1), ("n_sink", 0), ("n_recent", 0), ("max_batch", 1), ("vram", 1), ("budget_schedule", 1)
+        ):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -90,6 +95,7 @@ class FasaInfo:
     mapped_bytes: int
     staging_bytes: int
     rows_bytes: int
+    budget_schedule: int
 
     @classmethod
     def from_c(cls, c: Any) -> FasaInfo:

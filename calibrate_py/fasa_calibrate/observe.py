@@ -327,7 +327,8 @@ class _FasaParams(ctypes.Structure):
     """struct llama_fasa_params."""
 
     _fields_ = [
-        (name, ctypes.c_int32) for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "variant")
+        (name, ctypes.c_int32)
+        for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "variant", "budget_schedule")
     ]
 
 

@@ -37,14 +37,14 @@ static void set_mode(common_params &, const std::string & value) {
     apply(fasa);
 }
 
-template <int32_t llama_fasa_params::*field, int32_t min>
+template <int32_t llama_fasa_params::*field, int32_t min, int32_t max = LLAMA_FASA_COUNT_MAX>
 static void set_count(common_params &, const std::string & value) {
     int32_t n = 0;
     const char * end = value.data() + value.size();
     const auto res = std::from_chars(value.data(), end, n);
-    if (res.ec != std::errc() || res.ptr != end || n < min || n > LLAMA_FASA_COUNT_MAX) {
+    if (res.ec != std::errc() || res.ptr != end || n < min || n > max) {
         throw std::invalid_argument("expected a whole number from " + std::to_string(min) + " to " +
-                                    std::to_string(LLAMA_FASA_COUNT_MAX) + ", got '" + value + "'");
+                                    std::to_string(max) + ", got '" + value + "'");
     }
     llama_fasa_params fasa = llama_fasa_get_params();
     fasa.*field = n;
@@ -100,6 +100,12 @@ std::vector<common_arg> fasa_args() {
         {"--fasa-budget"}, "N",
         with_default("tokens kept per query and KV head, forced ones included", LLAMA_FASA_BUDGET_DEFAULT),
         set_count<&llama_fasa_params::budget, 1>).set_env("LLAMA_ARG_FASA_BUDGET"));
+    args.push_back(common_arg(
+        {"--fasa-budget-schedule"}, "PERCENT",
+        "budget of the first sparse layer in percent of the budget; the last one gets 200 less this, those between lie on a "
+        "line, so that the mean stays; above 100: a pyramid (default: " + std::to_string(LLAMA_FASA_BUDGET_SCHEDULE_DEFAULT) +
+        ", all alike)",
+        set_count<&llama_fasa_params::budget_schedule, 1, 199>).set_env("LLAMA_ARG_FASA_BUDGET_SCHEDULE"));
     args.push_back(common_arg(
         {"--fasa-sink"}, "N",
         with_default("first tokens of a sequence that FASA always keeps", LLAMA_FASA_N_SINK_DEFAULT),
@@ -219,8 +225,8 @@ void fasa_bench_set_next() {
     const llama_fasa_params & fasa = bench_settings[bench_next++ % bench_settings.size()];
     apply(fasa);
     if (bench_given) {
-        fprintf(stderr, "fasa: mode %s, budget %s, sink %s, recent %s, max batch %s, index type %s, mode %s\n", mode_name(fasa.mode),
-                count_name(fasa.budget, 0).c_str(), count_name(fasa.n_sink, -1).c_str(),
+        fprintf(stderr, "fasa: mode %s, budget %s, budget schedule %s, sink %s, recent %s, max batch %s, index type %s, mode %s\n", mode_name(fasa.mode),
+                count_name(fasa.budget, 0).c_str(), count_name(fasa.budget_schedule, 0).c_str(), count_name(fasa.n_sink, -1).c_str(),
                 count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str(),
                 fasa.index_type < 0 ? "not set" : index_type_name(fasa.index_type).c_str(), VARIANTS[fasa.variant]);
     }

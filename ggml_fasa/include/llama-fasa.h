@@ -32,6 +32,7 @@ enum llama_fasa_variant {
 #define LLAMA_FASA_N_RECENT_DEFAULT   32
 #define LLAMA_FASA_MAX_BATCH_DEFAULT   8
 #define LLAMA_FASA_INDEX_TYPE_DEFAULT  GGML_FASA_INDEX_Q4
+#define LLAMA_FASA_BUDGET_SCHEDULE_DEFAULT 100
 
 #define LLAMA_FASA_COUNT_MAX    16777216 // most tokens in any setting, 2^24
 
@@ -44,6 +45,8 @@ struct llama_fasa_params {
     int32_t index_type; // enum ggml_fasa_index_type; -1 = not set
     int32_t variant;    // enum llama_fasa_variant
     int32_t vram;       // MiB of each device's memory that FASA-M may hold: index, row cache, staging; 0 = not set, no bound
+    int32_t budget_schedule; // budget of the first sparse layer in percent of budget; the last one gets 200 less this, those
+                             // between lie on a line, and the mean is budget; 1 to 199, 100 = all alike; 0 = not set
 };
 
 // What a context runs.
@@ -63,6 +66,7 @@ struct llama_fasa_info {
     uint64_t mapped_bytes;   // part of kv_bytes that is in host memory and read by the device in place (FASA-M); 0: FASA-C
     uint64_t staging_bytes;  // device memory through which FASA-M reads K and V densely
     uint64_t rows_bytes;     // device memory that keeps rows of K and V which FASA-M selected in the last step; 0: none
+    int32_t  budget_schedule; // 100: all layers have the same budget
 };
 
 // What a context has run. A step is one ubatch.

@@ -28,7 +28,7 @@ static thread_local std::string fasa_error;
 llama_fasa_params llama_fasa_default_params(void) {
     return {
         LLAMA_FASA_MODE_AUTO, /*.budget =*/ 0, /*.n_sink =*/ -1, /*.n_recent =*/ -1, /*.max_batch =*/ 0, /*.index_type =*/ -1,
-        LLAMA_FASA_VARIANT_AUTO, /*.vram =*/ 0,
+        LLAMA_FASA_VARIANT_AUTO, /*.vram =*/ 0, /*.budget_schedule =*/ 0,
     };
 }
 
@@ -48,6 +48,7 @@ int32_t llama_fasa_set_params(const llama_fasa_params * params) {
     check("index_type", params->index_type, -1, GGML_FASA_INDEX_COUNT - 1);
     check("variant",    params->variant,    LLAMA_FASA_VARIANT_AUTO, LLAMA_FASA_VARIANT_M);
     check("vram",       params->vram,        0, LLAMA_FASA_COUNT_MAX);
+    check("budget_schedule", params->budget_schedule, 0, 199);
     if (!fasa_error.empty()) {
         return -1;
     }
@@ -157,6 +158,7 @@ llama_fasa_config resolve(const llama_fasa_params & params, const llama_fasa_met
     config.max_batch = params.max_batch > 0 ? params.max_batch : LLAMA_FASA_MAX_BATCH_DEFAULT;
     config.vram       = params.vram;
     config.index_type = llama_fasa_resolve_index_type(params, md);
+    config.budget_schedule = params.budget_schedule > 0 ? params.budget_schedule : LLAMA_FASA_BUDGET_SCHEDULE_DEFAULT;
 
     const std::string error = llama_fasa_budget_error(config, config.budget);
     if (!error.empty()) {
@@ -364,9 +366,9 @@ static llama_fasa_index_cache * fasa_attach(llama_context & lctx) {
 
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
-    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d sinks and %d recent forced), up to %d rows, "
+    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d %% of it in the first layer, %d sinks and %d recent forced), up to %d rows, "
             "%s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory (FASA-%s)\n",
-            info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.n_sink, info.n_recent,
+            info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.budget_schedule, info.n_sink, info.n_recent,
             info.max_batch, ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0,
             info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0,
             info.mapped_bytes > 0 ? "M" : "C");

@@ -122,7 +122,7 @@ ggml_tensor * llama_fasa_build_attn(
                     all->nb[1], all->nb[2], all->nb[3], stream0*all->nb[3]);
         };
         cur = ggml_fasa_attn(ctx, q, k, v, kq_mask, sinks, streams(layer->index), layer->dims, kq_scale, softcap_of(graph),
-                fasa->config.budget, fasa->config.index_type, fasa->hadamard);
+                fasa->budget(layer), fasa->config.index_type, fasa->hadamard);
         if (layer->row_state) {
             ggml_fasa_attn_set_row_cache(cur, streams(layer->row_state), streams(layer->rows));
         }

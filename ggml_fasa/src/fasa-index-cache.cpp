@@ -31,8 +31,21 @@ int64_t llama_fasa_config::n_decode_rows(const llama_ubatch & ubatch) const {
     return n;
 }
 
+// In opposite places of the order the differences are opposite, so that the mean stays what it is.
+static int32_t scheduled(int64_t budget, int32_t schedule, int32_t i, int32_t n) {
+    return n < 2 ? budget : budget + budget*(schedule - 100)*(n - 1 - 2*i)/(100*(n - 1));
+}
+
+static int32_t smallest_budget(int32_t budget, int32_t schedule) {
+    return std::min(scheduled(budget, schedule, 0, 2), scheduled(budget, schedule, 1, 2));
+}
+
+int32_t llama_fasa_config::layer_budget(int32_t i, int32_t n) const {
+    return scheduled(budget, budget_schedule, i, n);
+}
+
 bool llama_fasa_config::exceeds_budget(int64_t n_kv) const {
-    return budget > 0 && n_kv > GGML_PAD(budget, 256);
+    return budget > 0 && n_kv > GGML_PAD(smallest_budget(budget, budget_schedule), 256);
 }
 
 int64_t llama_fasa_config::n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const {
@@ -40,10 +53,12 @@ int64_t llama_fasa_config::n_sparse_rows(const llama_ubatch & ubatch, int64_t n_
 }
 
 std::string llama_fasa_budget_error(const llama_fasa_config & config, int32_t budget) {
-    if (config.n_sink + config.n_recent < budget) {
+    const int32_t least = smallest_budget(budget, config.budget_schedule);
+    if (config.n_sink + config.n_recent < least) {
         return "";
     }
-    return format("FASA: %d sinks and %d recent tokens leave no room in a budget of %d", config.n_sink, config.n_recent, budget);
+    return format("FASA: %d sinks and %d recent tokens leave no room in a budget of %d%s", config.n_sink, config.n_recent, least,
+            least < budget ? ", the smallest of a layer" : "");
 }
 
 int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
@@ -85,12 +100,13 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
         const llama_fasa_layer meta = metadata.layer(cache.il);
 
-        layer l = { (int32_t) cache.il, meta.n_tip, cache.k, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
+        layer l = { (int32_t) cache.il, meta.n_tip, n_sparse, cache.k, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
         layer_of_k[l.k] = layers.size();
         if (l.n_tip == 0) {
             layers.push_back(l);
             continue;
         }
+        n_sparse++;
 
         buft_ctx & ctx = ctxs[mapped ? ggml_backend_dev_buffer_type(kv.model.dev_layer(cache.il))
                                          : ggml_backend_buffer_get_type(cache.k->buffer)];
@@ -374,6 +390,7 @@ llama_fasa_info llama_fasa_index_cache::info() const {
     info.mapped_bytes   = mapped_bytes;
     info.staging_bytes  = staging_bytes;
     info.rows_bytes     = rows_bytes;
+    info.budget_schedule = config.budget_schedule;
     for (const layer & l : layers) {
         if (l.n_tip == 0) {
             info.n_layer_dense++;

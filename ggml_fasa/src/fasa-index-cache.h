@@ -30,14 +30,18 @@ struct llama_fasa_config {
     int32_t n_recent;
     int32_t max_batch;
     int32_t vram; // MiB, 0: no bound
+    int32_t budget_schedule; // llama_fasa_params
+
+    // The budget of the i-th of n sparse layers.
+    int32_t layer_budget(int32_t i, int32_t n) const;
 
     ggml_fasa_index_type index_type;
 
     // How many rows of a step decode: the first ones, up to a sequence that brings more than max_batch rows.
     int64_t n_decode_rows(const llama_ubatch & ubatch) const;
 
-    // Whether n_kv cells are more than the budget: only steps that see so many write the index and read it. n_kv comes
-    // padded to 256, so the budget is padded alike: a cache that fits the budget is always decoded dense.
+    // Whether n_kv cells are more than the smallest budget of a layer: only steps that see so many write the index and read it.
+    // n_kv comes padded to 256, so the budget is padded alike: a cache that fits the budget of every layer is decoded dense.
     bool exceeds_budget(int64_t n_kv) const;
 
     // How many rows of a step that sees n_kv cells are sparse: those that decode, or none.
@@ -66,6 +70,7 @@ struct llama_fasa_index_cache {
     struct layer {
         int32_t       il;
         int32_t       n_tip; // 0: a dense layer, which has no index and no dims
+        int32_t       i_sparse; // its place among the sparse layers
         ggml_tensor * k;     // the cache tensor
         ggml_tensor * index; // ggml_fasa_new_index
         ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
@@ -105,6 +110,9 @@ struct llama_fasa_index_cache {
 
     // The layer whose cache tensor is k, or NULL.
     const layer * find(const ggml_tensor * k) const;
+
+    // The tokens that a sparse layer keeps in steps built from now on.
+    int32_t budget(const layer * l) const { return config.layer_budget(l->i_sparse, n_sparse); }
 
     // Whether it is the first layer that a graph meets.
     bool is_first(const layer * l) const { return l == layers.data(); }
@@ -146,6 +154,7 @@ private:
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
 
     std::vector<layer>                                 layers;
+    int32_t                                            n_sparse = 0;
     std::unordered_map<const ggml_tensor *, size_t>    layer_of_k;
     std::vector<cell_range>                            dirty; // of each stream
     std::vector<uint8_t>                               mask_to_verify;

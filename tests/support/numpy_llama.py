@@ -21,7 +21,7 @@ def rope(x, positions, base):
 class NumpyLlama:
     """Reads tokens in chunks and keeps K and V; with f16 its cache is rounded to f16 as llama.cpp's is.
 
-    fcs: for each layer FC ids [G, n_tip]; layers with n_tip 0 stay dense. forward() gives logits and how clear-cut the
+    fcs: for each layer FC ids [G, n_tip]; layers with n_tip 0 stay dense. budget: one, or one for each layer. forward() gives logits and how clear-cut the
     selections of each row were (oracle.margin, the least over layers and KV heads).
     """
 
@@ -81,9 +81,8 @@ class NumpyLlama:
         dims = oracle.fc_dims(self.fcs[layer], self.d, "neox")
         index = index_of(k, dims, self.index_type)
         q, k, v, mask = q.swapaxes(0, 1)[None], k[None], v[None], mask[None]
-        out, margins = oracle.attn(
-            q, k, v, mask, index, dims, self.d**-0.5, self.budget, index_type=self.index_type
-        )
+        budget = self.budget if np.isscalar(self.budget) else self.budget[layer]
+        out, margins = oracle.attn(q, k, v, mask, index, dims, self.d**-0.5, budget, index_type=self.index_type)
         return out[0].reshape(len(h), -1), margins[0].min(axis=-1)
 
 

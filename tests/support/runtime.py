@@ -50,12 +50,13 @@ def last_error():
 
 
 @contextlib.contextmanager
-def fasa_params(mode=ON, budget=0, n_sink=-1, n_recent=-1, max_batch=0, index_type=None):
+def fasa_params(mode=ON, budget=0, n_sink=-1, n_recent=-1, max_batch=0, index_type=None, budget_schedule=0):
     """Contexts created inside run with these parameters; index_type is a name or None."""
     ffi, lib = fasa_api()
     before = lib.llama_fasa_get_params()
     index_type = -1 if index_type is None else INDEX_TYPES[index_type]
     given = ffi.new("struct llama_fasa_params *", (mode, budget, n_sink, n_recent, max_batch, index_type))
+    given.budget_schedule = budget_schedule
     assert lib.llama_fasa_set_params(given) == 0, last_error()
     try:
         yield
