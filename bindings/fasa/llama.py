@@ -34,12 +34,9 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_index_type: how the index keeps the dominant dims of K: "f16", "q8" or "q4".
         fasa_mode: where K and V are: "c" (where llama.cpp keeps them), "m" (in pinned host memory, of which a CUDA device
             reads the selected tokens only) or "auto" (c if it fits into the memory of the device, else m).
-<<<<<<< HEAD
         fasa_vram: MiB of each device's memory that mode m may take for the KV cache.
-=======
         fasa_budget_schedule: budget of the first sparse layer in percent of fasa_budget, 1 to 199; the last one gets 200 less
             this, those between lie on a line, and the mean is fasa_budget. Above 100: a pyramid.
->>>>>>> qual
         fasa_file: the sidecar with the model's calibration; None: the model itself, else the sidecar beside it.
         **kwargs: of `llama_cpp.Llama`. flash_attn, which FASA needs, is switched on if FASA is going to run and it is
             not given.
@@ -64,20 +61,14 @@ class Llama(_StockLlama):  # type: ignore[misc]
         fasa_max_batch: int | None = None,
         fasa_index_type: str | None = None,
         fasa_mode: str = "auto",
-<<<<<<< HEAD
         fasa_vram: int | None = None,
-=======
         fasa_budget_schedule: int | None = None,
->>>>>>> qual
         fasa_file: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self._fasa = FasaParams(
-<<<<<<< HEAD
-            fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode, fasa_vram
-=======
-            fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode, fasa_budget_schedule
->>>>>>> qual
+            fasa, fasa_budget, fasa_sink, fasa_recent, fasa_max_batch, fasa_index_type, fasa_mode, fasa_vram,
+            fasa_budget_schedule,
         )
         self._fasa_file = None if fasa_file is None else os.fspath(fasa_file)
         params = self._fasa.to_c()
@@ -187,11 +178,8 @@ class Llama(_StockLlama):  # type: ignore[misc]
             fasa_max_batch=fasa.max_batch,
             fasa_index_type=fasa.index_type,
             fasa_mode=fasa.variant,
-<<<<<<< HEAD
             fasa_vram=fasa.vram,
-=======
             fasa_budget_schedule=fasa.budget_schedule,
->>>>>>> qual
             fasa_file=self._fasa_file,
             flash_attn=self._fasa_flash_attn,
         )
