@@ -1,10 +1,9 @@
-// GGML_OP_FASA_ATTN on CUDA: the kernels of tip, select and fac, one after the other.
+// GGML_OP_FASA_ATTN on CUDA: a kernel of tip, then one of select and fac.
 //
-// All work on many units at a time, a unit being a KV group of one query row:
+// Both work on many units at a time, a unit being a KV group of one query row:
 //
-//   tip    : index -> scores of all cells, for each head; softmax sums
-//   select : scores -> one key for each cell; histogram of the keys
-//   fac    : keys, histogram -> selected cells -> attention over them
+//   tip         : index -> scores of all cells, for each head; softmax sums
+//   select, fac : scores -> keys -> selected cells -> attention over them
 //
 // Nothing is allocated but pool memory, the host never waits, and the order of every sum is fixed: valid inside CUDA graphs,
 // and a run repeats bit by bit.
@@ -44,9 +43,9 @@ static attn_kernel pick_tip(int n_head, int index_type) {
 template <int NH, int LANES>
 static attn_kernel pick_fac(row_source rows) {
     switch (rows) {
-        case ROWS_ANY: return fasa_fac<NH, LANES, ROWS_ANY>;
-        case ROWS_F16: return fasa_fac<NH, LANES, ROWS_F16>;
-        default:       return fasa_fac<NH, LANES, ROWS_CACHED>;
+        case ROWS_ANY: return fasa_select_fac<NH, LANES, ROWS_ANY>;
+        case ROWS_F16: return fasa_select_fac<NH, LANES, ROWS_F16>;
+        default:       return fasa_select_fac<NH, LANES, ROWS_CACHED>;
     }
 }
 
@@ -100,12 +99,12 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
     };
     take(a.score,   (size_t) a.n_group*a.n_pad);
     take(a.softmax, (size_t) a.n_scan*a.n_group);
-    take(a.key,     (size_t) a.n_pad);
     take(a.hist,    N_BIN);
-    take(a.done,    1);
-    take(a.cand,    (size_t) a.n_pad);
+    take(a.sync,    1);
+    take(a.cand,    (size_t) a.n_part*a.n_run);
+    take(a.key,     a.key_len  > 0 ? 0 : (size_t) a.n_part*a.n_run);
     take(a.list,    a.list_len > 0 ? 0 : (size_t) a.n_part*a.budget);
-    take(a.part,    (size_t) (a.n_part + 1)*a.n_group*(a.d_v + 2));
+    take(a.part,    (size_t) a.n_part*a.n_group*(a.d_v + 2));
     return at;
 }
 
@@ -161,18 +160,24 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const int n_unit   = a.n_row*a.n_head_kv*q->ne[3];
     const int per_pass = std::clamp<size_t>(MAX_SCRATCH/(4*(size_t) a.n_pad*(a.n_group + 3)), 1, std::min(n_unit, 65535));
 
-    // blocks for a unit: enough to fill the device
+    // blocks for a unit: enough to fill the device, and for select and fac, which wait for each other, not more than it holds
     const auto & info = ggml_cuda_info().devices[ctx.device];
     const int n_band = a.n_pad/BAND;
     a.n_scan = std::clamp(3*info.nsm/per_pass, 1, (n_band + TIP_WARP - 1)/TIP_WARP);
     a.n_part = std::clamp(info.nsm/per_pass, 1, std::min(MAX_PART, n_band));
-    a.n_run  = (n_band + a.n_part - 1)/a.n_part*BAND;
+    a.share  = SHARE;
+    a.n_run  = (((a.n_pad - 1) >> a.share)/a.n_part + 1) << a.share;
 
     a.row_size = ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(k->buffer)) ? 0 :
         std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));
+    auto fits = [&] { return fac_layout(a).total*sizeof(float) + sizeof(select_shared) + 64 <= info.smpbo; };
+    a.key_len  = a.n_run;
     a.list_len = a.budget;
     a.rows     = rows_of(a, dst->src[GGML_FASA_SRC_ROW_STATE], dst->src[GGML_FASA_SRC_ROWS]);
-    if (fac_layout(a).total*sizeof(float) + sizeof(select_shared) + 64 > info.smpbo) {
+    if (!fits()) {
+        a.key_len = 0;
+    }
+    if (!fits()) {
         a.list_len = 0;
         a.rows     = {};
     }
@@ -187,9 +192,8 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     for (a.unit0 = 0; a.unit0 < n_unit; a.unit0 += per_pass) {
         const unsigned n = std::min(per_pass, n_unit - a.unit0);
-        launch(tip,         dim3(a.n_scan, n), dim3(TIP_WARP*WARP_SIZE), tip_size, ctx.stream(), a);
-        launch(fasa_select, dim3(a.n_scan, n), dim3(SELECT_THREAD),      0,        ctx.stream(), a);
-        launch(fac,         dim3(a.n_part, n), dim3(FAC_THREAD),         fac_size, ctx.stream(), a);
+        launch(tip, dim3(a.n_scan, n), dim3(TIP_WARP*WARP_SIZE), tip_size, ctx.stream(), false,        a);
+        launch(fac, dim3(a.n_part, n), dim3(FAC_THREAD),         fac_size, ctx.stream(), a.n_part > 1, a);
     }
 }
 

@@ -1,7 +1,7 @@
 // Stage fac on CUDA: exact attention of one KV group over the selected cells, paper section 4.2.
 //
-// A kernel whose blocks each attend to the cells that they filter out of their share. The block that finishes last attends to
-// the selected candidates and merges, in a fixed order, so that results repeat bit by bit.
+// One kernel with select: its blocks each attend to the cells selected out of their share, and the block that finishes last
+// merges, in a fixed order, so that results repeat bit by bit.
 
 #pragma once
 
@@ -10,8 +10,6 @@
 #include "fasa-stages.cuh"
 
 namespace fasa {
-
-constexpr int MAX_PART = 15; // blocks of a unit: their results and that of the candidates fit into registers
 
 // How rows are read: of any type; as F16; or as F16 by way of the row cache.
 enum row_source { ROWS_ANY, ROWS_F16, ROWS_CACHED };
@@ -45,16 +43,18 @@ struct fac_row {
 
 // Dynamic shared memory of a block, in floats, each a multiple of 4.
 struct fac_layout {
-    size_t q, list, head, part, rows, total;
+    size_t q, list, head, part, key, rows, total;
 
     __host__ __device__ fac_layout(const attn_args & a) {
         const size_t parts  = (size_t) FAC_WARP*a.n_fac*a.d_v;
-        const size_t shares = (size_t) (MAX_PART + 1)*a.n_group;
+        const size_t shares = (size_t) MAX_PART*a.n_group;
+        const size_t work   = 2*a.n_fac*FAC_WARP + (parts > shares ? parts : shares);
         q     = 0;                                   // [n_slot][d_k]
         list  = q    + (size_t) a.n_slot*a.d_k;      // [list_len] cells
         head  = list + (size_t) (a.list_len + 3)/4*4; // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
         part  = head + (size_t) 2*a.n_fac*FAC_WARP;  // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
-        rows  = part + (parts > shares ? parts : shares); // see row_shared
+        key   = head;                                // [key_len] keys of select, before head and part are of use
+        rows  = head + (work > (size_t) a.key_len ? work : a.key_len); // see row_shared
         total = rows + row_shared(a.rows, a.list_len);
     }
 };
@@ -233,8 +233,8 @@ static __device__ void fac_heads(
     __syncthreads();
 }
 
-// The output of a unit from its n_part + 1 partial results part, each [n_group][d_v + 2] in global memory.
-// share: [MAX_PART + 1][n_group] of shared memory.
+// The output of a unit from its n_part partial results part, each [n_group][d_v + 2] in global memory.
+// share: [MAX_PART][n_group] of shared memory.
 static __device__ void fac_merge(const attn_args & a, const unit & u, const float * part, float * share) {
     const int lane   = threadIdx.x%WARP_SIZE;
     const int width  = a.d_v + 2;
@@ -243,12 +243,12 @@ static __device__ void fac_merge(const attn_args & a, const unit & u, const floa
 
     float * out = a.dst + (((int64_t) u.s*a.n_row + u.t)*a.n_head_kv + u.g)*n;
 
-    float y[MAX_PART + 1];
+    float y[MAX_PART];
     auto load = [&](int i) {
         const float * from = part + i + i/a.d_v*2;
 #pragma unroll
-        for (int b = 0; b <= MAX_PART; ++b) {
-            y[b] = __ldcg(from + min(b, a.n_part)*stride); // what comes twice has no share
+        for (int b = 0; b < MAX_PART; ++b) {
+            y[b] = __ldcg(from + min(b, a.n_part - 1)*stride); // what comes twice has no share
         }
     };
     load(min((int) threadIdx.x, n - 1));
@@ -256,16 +256,16 @@ static __device__ void fac_merge(const attn_args & a, const unit & u, const floa
     // what each part weighs: a warp for a head, a lane for a part
 #pragma unroll 1
     for (int h = threadIdx.x/WARP_SIZE; h < a.n_group; h += FAC_WARP) {
-        const float * from = part + min(lane, a.n_part)*stride + h*width + a.d_v;
-        const float   top  = lane <= a.n_part ? __ldcg(from)     : -INFINITY;
-        const float   sum  = lane <= a.n_part ? __ldcg(from + 1) : 0.0f;
+        const float * from = part + min(lane, a.n_part - 1)*stride + h*width + a.d_v;
+        const float   top  = lane < a.n_part ? __ldcg(from)     : -INFINITY;
+        const float   sum  = lane < a.n_part ? __ldcg(from + 1) : 0.0f;
         const float   sink = a.sinks ? a.sinks[u.g*a.n_group + h]*LOG2E : -INFINITY;
 
         const float all = warp_max(top);
         const float m   = fmaxf(all, sink);
         const float f   = all > -INFINITY ? exp2f(top - m) : 0.0f;
         const float z   = warp_sum(f*sum) + (all > -INFINITY ? exp2f(sink - m) : 1.0f);
-        if (lane <= MAX_PART) {
+        if (lane < MAX_PART) {
             share[lane*a.n_group + h] = f/z;
         }
     }
@@ -279,19 +279,19 @@ static __device__ void fac_merge(const attn_args & a, const unit & u, const floa
         const float * s = share + i/a.d_v;
         float sum = 0.0f;
 #pragma unroll
-        for (int b = 0; b <= MAX_PART; ++b) {
+        for (int b = 0; b < MAX_PART; ++b) {
             sum += s[b*a.n_group]*y[b];
         }
         out[i] = sum;
     }
 }
 
-// grid: n_part blocks for each unit. NH: heads served at once.
+// grid: n_part blocks for each unit, all on the device together. NH: heads served at once.
 template <int NH, int LANES, row_source ROWS>
-__global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
+__global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args a) {
     extern __shared__ float4 shared4[];
     __shared__ select_shared sh;
-    __shared__ uint64_t done;
+    __shared__ bool last;
 
     float * shared = (float *) shared4;
     const fac_layout in(a);
@@ -308,6 +308,15 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
             *(const float4 *) ((const float *) (a.q + u.s*a.q_nb3 + u.t*a.q_nb1 + (u.g*a.n_group + h)*a.q_nb2) + i%a.d_k) :
             make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
+    for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
+        sh.hist[b] = 0;
+    }
+    if (threadIdx.x < OFFER) {
+        sh.cand[threadIdx.x] = 0;
+    }
+    if (threadIdx.x == 0) {
+        sh.n_cand = 0;
+    }
     row_cache cache;
     if constexpr (ROWS == ROWS_CACHED) { // what changes it is older than the kernel before, too
         cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + in.rows), a.list_len);
@@ -315,47 +324,38 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_fac(const attn_args a) {
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
 
-    int32_t * list = a.list_len > 0 ? (int32_t *) (shared + in.list) : a.list + ((size_t) at_u*a.n_part + rank)*a.budget;
-    float   * part = a.part + (size_t) at_u*(a.n_part + 1)*a.n_group*(a.d_v + 2);
+    const size_t block = (size_t) at_u*a.n_part + rank;
+    uint32_t * key  = a.key_len  > 0 ? (uint32_t *) (shared + in.key)  : a.key  + block*a.n_run;
+    int32_t  * list = a.list_len > 0 ? (int32_t *)  (shared + in.list) : a.list + block*a.budget;
+    float    * part = a.part + (size_t) at_u*a.n_part*a.n_group*(a.d_v + 2);
+    unit_sync * sync = a.sync + at_u;
 
-    const select_found found = select_filter(a, u, at_u, rank, sh, list);
+    select_count(a, u, at_u, rank, sh, key);
+    unit_arrive(a, sync);
+    unit_wait(a, sync, 1);
+    const int n = select_cells(a, u, at_u, rank, sh, key, list);
 
-    // first the block's own cells; then, in the block that finishes last, the candidates
-    int n = found.n_sure;
-#pragma unroll 1
-    for (int to = rank; ; to = a.n_part) {
-        if constexpr (ROWS == ROWS_CACHED) {
-            cache.find(list, n);
-        }
-#pragma unroll 1
-        for (int h = 0; h < a.n_group; h += NH) {
-            fac_heads<NH, LANES, ROWS>(a, u, shared, cache, h, list, n, part + (size_t) to*a.n_group*(a.d_v + 2));
-        }
-        if (to == a.n_part) {
-            break;
-        }
-        select_offer(a, at_u, rank, found);
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            done = atomicAdd((unsigned long long *) a.done + at_u, 1ull << 32);
-        }
-        __syncthreads();
-        if (done >> 32 != a.n_part - 1) {
-            return;
-        }
-        __threadfence();
-        n = found.n_rest;
-        if (n > 0) {
-            select_rest(a, at_u, sh, found.bin, (uint32_t) done, n, list);
-        }
-    }
     if constexpr (ROWS == ROWS_CACHED) {
-        if (threadIdx.x == 0) {
-            cache.turn();
-        }
+        cache.find(list, n);
     }
-    fac_merge(a, u, part, shared + in.part);
+#pragma unroll 1
+    for (int h = 0; h < a.n_group; h += NH) {
+        fac_heads<NH, LANES, ROWS>(a, u, shared, cache, h, list, n, part + (size_t) rank*a.n_group*(a.d_v + 2));
+    }
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(&sync->n_done, 1) == a.n_part - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (last) {
+        if constexpr (ROWS == ROWS_CACHED) {
+            if (threadIdx.x == 0) {
+                cache.turn();
+            }
+        }
+        fac_merge(a, u, part, shared + in.part);
+    }
 }
 
 } // namespace fasa

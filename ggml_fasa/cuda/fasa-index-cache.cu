@@ -175,5 +175,5 @@ void ggml_cuda_fasa_index_write(ggml_backend_cuda_context & ctx, ggml_tensor * d
     a.k_head = ggml_row_size(k->type, a.d);
 
     const size_t shared = N_WARP*(a.d + 2*GGML_PAD(a.n_dim, 8))*sizeof(float);
-    fasa::launch(fasa_index_write, dim3((n_unit + N_WARP - 1)/N_WARP, rows ? 2 : 1), dim3(WARP_SIZE, N_WARP), shared, ctx.stream(), a);
+    fasa::launch(fasa_index_write, dim3((n_unit + N_WARP - 1)/N_WARP, rows ? 2 : 1), dim3(WARP_SIZE, N_WARP), shared, ctx.stream(), false, a);
 }

@@ -1,8 +1,8 @@
 // Stage select on CUDA: the budget best cells of a unit, by key descending then cell ascending.
 //
-// A kernel turns scores into keys and counts them by their leading digit. The bin of the histogram where the budget ends then
-// splits the cells into selected ones, others, and candidates: the blocks of fac filter the cells (select_filter), and
-// the last of them decides among the candidates (select_rest).
+// The blocks of a unit share its cells. Each turns scores into keys and counts them by their leading digit (select_count); the bin
+// of the common histogram where the budget ends then splits the cells into selected ones, others, and candidates; what
+// the blocks offer as candidates is ranked exactly (select_cells). In between, the blocks wait for each other.
 
 #pragma once
 
@@ -10,109 +10,20 @@
 
 namespace fasa {
 
-constexpr int SELECT_THREAD = 512;
-
-// grid: n_scan blocks for each unit.
-__global__ void __launch_bounds__(SELECT_THREAD) fasa_select(const attn_args a) {
-    __shared__ __align__(16) uint32_t hist[N_BIN];
-    __shared__ float shift[16]; // of each head, what makes 2^(score - shift) its softmax
-
-    const int lane = threadIdx.x%WARP_SIZE;
-    const int at_u = blockIdx.y;
-    const unit u(a, a.unit0 + at_u);
-
-    for (int b = 4*threadIdx.x; b < N_BIN; b += 4*SELECT_THREAD) {
-        *(uint4 *) (hist + b) = make_uint4(0, 0, 0, 0);
-    }
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc();
-
-    const char  * mask  = a.mask  + u.s*a.mask_nb3 + u.t*a.mask_nb1;
-    const float * score = a.score + (size_t) at_u*a.n_group*a.n_pad;
-    uint32_t    * key   = a.key   + (size_t) at_u*a.n_pad;
-
-    // the scores of the next cells are on their way while others are worked on
-    constexpr int HELD = 4;
-    float4    held[HELD];
-    mask_four four;
-    auto load = [&](int t) {
-        if (t < a.n_pad) {
-#pragma unroll
-            for (int h = 0; h < HELD; ++h) {
-                held[h] = h < a.n_group ? *(const float4 *) (score + (size_t) h*a.n_pad + t) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
-            four.load(a, mask, t);
-        }
-    };
-    int t = 4*(blockIdx.x*SELECT_THREAD + threadIdx.x);
-    load(t);
-
-    const float2 * softmax = a.softmax + (size_t) at_u*a.n_scan*a.n_group;
-    for (int h = threadIdx.x/WARP_SIZE; h < 16; h += SELECT_THREAD/WARP_SIZE) {
-        float m = -INFINITY;
-        float z = 0.0f;
-        for (int b = lane; b < a.n_scan && h < a.n_group; b += WARP_SIZE) {
-            const float2 p = softmax[b*a.n_group + h];
-            if (p.x > -INFINITY) {
-                const float now = fmaxf(m, p.x);
-                z = z*exp2f(m - now) + p.y*exp2f(p.x - now);
-                m = now;
-            }
-        }
-        const float all = warp_max(m);
-        const float sum = warp_sum(m > -INFINITY ? z*exp2f(m - all) : 0.0f);
-        if (lane == 0) {
-            shift[h] = all > -INFINITY ? all + log2f(sum) : INFINITY; // infinite: no weight
-        }
-    }
-    __syncthreads();
-
-#pragma unroll 1
-    for (; t < a.n_pad; t += 4*a.n_scan*SELECT_THREAD) {
-        float p[4] = {};
-        auto add = [&](const float4 & s, float shift) {
-            p[0] += exp2f(s.x - shift);
-            p[1] += exp2f(s.y - shift);
-            p[2] += exp2f(s.z - shift);
-            p[3] += exp2f(s.w - shift);
-        };
-#pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-            add(held[h], shift[h]);
-        }
-#pragma unroll 1
-        for (int h = HELD; h < a.n_group; ++h) {
-            add(*(const float4 *) (score + (size_t) h*a.n_pad + t), shift[h]);
-        }
-        const uint32_t now = four.bits(a, mask, t);
-        load(t + 4*a.n_scan*SELECT_THREAD);
-        uint32_t k[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            k[i] = now >> i & 0x01 ? KEY_HIDDEN : now >> i & 0x10 ? KEY_FORCED : __float_as_uint(p[i]) + 1;
-            if (k[i] != KEY_HIDDEN) {
-                atomicAdd(&hist[bin_of(k[i])], 1);
-            }
-        }
-        *(uint4 *) (key + t) = make_uint4(k[0], k[1], k[2], k[3]);
-    }
-    __syncthreads();
-    for (int b = threadIdx.x; b < N_BIN; b += SELECT_THREAD) {
-        if (hist[b] > 0) {
-            atomicAdd(&a.hist[at_u*N_BIN + b], hist[b]);
-        }
-    }
-}
-
-// What follows runs in blocks of fac.
+constexpr int SHARE = 4; // 1 << SHARE neighbouring cells belong to one block: few, as what is selected lies together
 
 constexpr int FAC_THREAD = 512;
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
+static_assert(4*FAC_THREAD == N_BIN, "a thread looks at four bins");
 
-// Small words of shared memory.
+constexpr int OFFER = 32; // candidates of a block that the others rank at once
+static_assert(OFFER == WARP_SIZE && MAX_PART*OFFER <= FAC_THREAD, "a warp looks at what a block offers");
+
 struct alignas(16) select_shared {
-    uint32_t hist[1024]; // read in fours
-    uint64_t cand[FAC_THREAD];
+    uint32_t hist[N_BIN];
+    uint64_t cand[FAC_THREAD]; // what this block offers, then what all do
+    uint32_t n_cand;           // candidates of this block
+    float    shift[16];        // of each head, what makes 2^(score - shift) its softmax
     uint32_t warps[FAC_WARP];
     int      result[2];
 };
@@ -145,13 +56,14 @@ static __device__ __forceinline__ uint32_t block_scan(uint32_t x, uint32_t * war
     return before + sum - x;
 }
 
-// The largest bin b with hist[b] + hist[b + 1] + ... >= need; above: the count beyond b. If the n_bin bins (a multiple of 4, at
-// most 4 a thread) hold less than need, b is -1.
-static __device__ __forceinline__ void find_bin(
-        const uint32_t * hist, int n_bin, uint32_t need, select_shared & sh, int * bin, uint32_t * above) {
-    const int   first = n_bin - 4 - 4*(int) threadIdx.x; // threads go down from the last bin
-    const uint4 n     = first >= 0 ? *(const uint4 *) (hist + first) : make_uint4(0, 0, 0, 0);
+// The four bins that this thread looks at in find_bin start here, if not below 0; n_bin: a multiple of 4, at most 4 a thread.
+static __device__ __forceinline__ int first_bin(int n_bin) {
+    return n_bin - 4 - 4*(int) threadIdx.x; // threads go down from the last bin
+}
 
+// The largest bin b with hist[b] + hist[b + 1] + ... >= need; above: the count beyond b. If all bins hold less than need, b is
+// -1. n: the counts from bin first on, of first_bin.
+static __device__ __forceinline__ void find_bin(const uint4 & n, int first, uint32_t need, select_shared & sh, int * bin, uint32_t * above) {
     if (threadIdx.x == 0) {
         sh.result[0] = -1;
         sh.result[1] = 0;
@@ -173,9 +85,107 @@ static __device__ __forceinline__ void find_bin(
     __syncthreads();
 }
 
-// The cells of block rank of a unit: cell i of n_run.
+// Cell i of the n_run of block rank of a unit. May be beyond n_pad.
 static __device__ __forceinline__ int select_cell(const attn_args & a, int rank, int i) {
-    return (i/BAND*a.n_part + rank)*BAND + i%BAND;
+    return (((i >> a.share)*a.n_part + rank) << a.share) + (i & ((1 << a.share) - 1));
+}
+
+// The shift of every head, from the softmax sums of tip's blocks.
+static __device__ void select_softmax(const attn_args & a, int at_u, select_shared & sh) {
+    const int lane = threadIdx.x%WARP_SIZE;
+    const float2 * softmax = a.softmax + (size_t) at_u*a.n_scan*a.n_group;
+    for (int h = threadIdx.x/WARP_SIZE; h < 16; h += FAC_WARP) {
+        float m = -INFINITY;
+        float z = 0.0f;
+        for (int b = lane; b < a.n_scan && h < a.n_group; b += WARP_SIZE) {
+            const float2 p = softmax[b*a.n_group + h];
+            if (p.x > -INFINITY) {
+                const float now = fmaxf(m, p.x);
+                z = z*exp2f(m - now) + p.y*exp2f(p.x - now);
+                m = now;
+            }
+        }
+        const float all = warp_max(m);
+        const float sum = warp_sum(m > -INFINITY ? z*exp2f(m - all) : 0.0f);
+        if (lane == 0) {
+            sh.shift[h] = all > -INFINITY ? all + log2f(sum) : INFINITY; // infinite: no weight
+        }
+    }
+    __syncthreads();
+}
+
+// Keys of the block's cells into key[n_run], and their histogram into that of the unit. sh.hist must be zero.
+static __device__ void select_count(const attn_args & a, const unit & u, int at_u, int rank, select_shared & sh, uint32_t * key) {
+    constexpr int HEADS = 4; // scores of so many heads, and of so many turns,
+    constexpr int TURNS = 2; // are on their way while others are worked on
+    constexpr int STEP  = 4*FAC_THREAD;
+
+    const char  * mask  = a.mask  + u.s*a.mask_nb3 + u.t*a.mask_nb1;
+    const float * score = a.score + (size_t) at_u*a.n_group*a.n_pad;
+
+    float4    held[TURNS][HEADS];
+    mask_four four[TURNS];
+    auto load = [&](int turn, int i) {
+        const int t = select_cell(a, rank, i);
+        if (i < a.n_run && t < a.n_pad) {
+#pragma unroll
+            for (int h = 0; h < HEADS; ++h) {
+                held[turn][h] = h < a.n_group ? *(const float4 *) (score + (size_t) h*a.n_pad + t) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+            four[turn].load(a, mask, t);
+        }
+    };
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+        load(turn, 4*threadIdx.x + turn*STEP);
+    }
+    select_softmax(a, at_u, sh);
+
+#pragma unroll 1
+    for (int first = 4*threadIdx.x; first < a.n_run; first += TURNS*STEP) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) {
+            const int i = first + turn*STEP;
+            const int t = select_cell(a, rank, i);
+            if (i >= a.n_run) {
+                break;
+            }
+            uint32_t k[4] = { KEY_HIDDEN, KEY_HIDDEN, KEY_HIDDEN, KEY_HIDDEN };
+            if (t < a.n_pad) {
+                float p[4] = {};
+                auto add = [&](const float4 & s, float shift) {
+                    p[0] += exp2f(s.x - shift);
+                    p[1] += exp2f(s.y - shift);
+                    p[2] += exp2f(s.z - shift);
+                    p[3] += exp2f(s.w - shift);
+                };
+#pragma unroll
+                for (int h = 0; h < HEADS; ++h) {
+                    add(held[turn][h], sh.shift[h]);
+                }
+#pragma unroll 1
+                for (int h = HEADS; h < a.n_group; ++h) {
+                    add(*(const float4 *) (score + (size_t) h*a.n_pad + t), sh.shift[h]);
+                }
+                const uint32_t bits = four[turn].bits(a, mask, t);
+                load(turn, i + TURNS*STEP);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    k[c] = bits >> c & 0x01 ? KEY_HIDDEN : bits >> c & 0x10 ? KEY_FORCED : __float_as_uint(p[c]) + 1;
+                    if (k[c] != KEY_HIDDEN) {
+                        atomicAdd(&sh.hist[bin_of(k[c])], 1);
+                    }
+                }
+            }
+            *(uint4 *) (key + i) = make_uint4(k[0], k[1], k[2], k[3]);
+        }
+    }
+    __syncthreads();
+    for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
+        if (sh.hist[b] > 0) {
+            atomicAdd(&a.hist[at_u*N_BIN + b], sh.hist[b]);
+        }
+    }
 }
 
 // Asks for the K and V rows of a cell ahead of time.
@@ -189,123 +199,30 @@ static __device__ __forceinline__ void prefetch_cell(const attn_args & a, const 
     }
 }
 
-// What a block of fac found among its cells.
-struct select_found {
-    int      bin;    // of the candidates, -1 if there are none
-    uint32_t lo;     // smallest key of a candidate
-    uint32_t hi;     // smallest key that is selected for certain
-    uint32_t n_sure; // selected cells of the block
-    uint32_t n_own;  // candidates of this thread
-    uint32_t n_rest; // candidates of the unit that are to be selected
-};
-
-static __device__ __forceinline__ uint4 select_keys(const attn_args & a, const uint32_t * key, int rank, int i) {
-    const int t = select_cell(a, rank, i);
-    return i < a.n_run && t < a.n_pad ? *(const uint4 *) (key + t) : make_uint4(KEY_HIDDEN, KEY_HIDDEN, KEY_HIDDEN, KEY_HIDDEN);
-}
-
-// Calls f(cell, key) for the cells of this thread whose key is in [lo, hi).
+// Calls f(cell, key) for the cells of this thread whose key is at least lo.
 template <typename F>
-static __device__ __forceinline__ void select_each(const attn_args & a, const uint32_t * key, int rank, uint32_t lo, uint32_t hi, F && f) {
+static __device__ __forceinline__ void select_each(const attn_args & a, const uint32_t * key, int rank, uint32_t lo, F && f) {
 #pragma unroll 1
     for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
-        const uint4 k4 = select_keys(a, key, rank, i);
+        const uint4 k4 = *(const uint4 *) (key + i);
         if (max(max(k4.x, k4.y), max(k4.z, k4.w)) < lo) {
             continue;
         }
-        const int t0 = select_cell(a, rank, i);
+        const int t = select_cell(a, rank, i);
 #pragma unroll 1
-        for (int t = t0; t < t0 + 4; ++t) { // rarely here: short code is worth more than few instructions
-            const uint32_t k = key[t];
-            if (k >= lo && k < hi) {
-                f(t, k);
+        for (int c = 0; c < 4; ++c) { // rarely here: short code is worth more than few instructions
+            const uint32_t k = key[i + c];
+            if (k >= lo) {
+                f(t + c, k);
             }
         }
     }
 }
 
-// Filters the block's cells. list: the selected ones.
-static __device__ select_found select_filter(const attn_args & a, const unit & u, int at_u, int rank, select_shared & sh, int32_t * list) {
-    constexpr int HELD = 4; // keys that are asked for before the bin is known, in fours
-
-    const uint32_t * key = a.key + (size_t) at_u*a.n_pad;
-    uint4 held[HELD];
-#pragma unroll
-    for (int j = 0; j < HELD; ++j) {
-        held[j] = select_keys(a, key, rank, 4*(threadIdx.x + j*FAC_THREAD));
-    }
-
-    select_found found;
-    uint32_t above;
-    find_bin(a.hist + at_u*N_BIN, N_BIN, a.budget, sh, &found.bin, &above);
-    found.n_rest = found.bin >= 0 ? a.budget - above : 0;
-    found.lo     = found.bin >= 0 ? bin_base(found.bin) : 1;
-    found.hi     = bin_base(found.bin + 1);
-
-    uint32_t n_sure = 0;
-    uint32_t n_any  = 0;
-    auto count = [&](const uint4 & k) {
-        n_any  += (k.x >= found.lo) + (k.y >= found.lo) + (k.z >= found.lo) + (k.w >= found.lo);
-        n_sure += (k.x >= found.hi) + (k.y >= found.hi) + (k.z >= found.hi) + (k.w >= found.hi);
-    };
-#pragma unroll
-    for (int j = 0; j < HELD; ++j) {
-        count(held[j]);
-    }
-#pragma unroll 1
-    for (int i = 4*(threadIdx.x + HELD*FAC_THREAD); i < a.n_run; i += 4*FAC_THREAD) {
-        count(select_keys(a, key, rank, i));
-    }
-    if (n_any > 0 && a.row_size > 0) {
-        select_each(a, key, rank, found.lo, 0xFFFFFFFFu, [&](int t, uint32_t) { prefetch_cell(a, u, t); });
-    }
-    found.n_own = n_any - n_sure;
-
-    uint32_t at = block_scan(n_sure, sh.warps, &found.n_sure);
-    if (n_sure > 0) {
-        select_each(a, key, rank, found.hi, 0xFFFFFFFFu, [&](int t, uint32_t) { list[at++] = t; });
-    }
-    __syncthreads();
-    return found;
-}
-
-// Hands the candidates of this thread to the unit, in any order.
-static __device__ void select_offer(const attn_args & a, int at_u, int rank, const select_found & found) {
-    if (found.n_own > 0) {
-        uint64_t * to = a.cand + (size_t) at_u*a.n_pad + (uint32_t) atomicAdd((unsigned long long *) a.done + at_u, found.n_own);
-        select_each(a, a.key + (size_t) at_u*a.n_pad, rank, found.lo, found.hi, [&](int t, uint32_t k) {
-            __stcg((unsigned long long *) to++, (uint64_t) k << 32 | (uint32_t) ~t);
-        });
-    }
-}
-
-// The n_rest best of a unit's n_cand candidates into list, n_rest > 0.
-static __device__ void select_rest(
-        const attn_args & a, int at_u, select_shared & sh, int bin, uint32_t n_cand, uint32_t n_rest, int32_t * list) {
-    const unsigned long long * cand = (const unsigned long long *) a.cand + (size_t) at_u*a.n_pad;
-
-    if (n_cand <= FAC_THREAD) { // nearly always: each thread counts who comes before its candidate
-        const uint64_t own = threadIdx.x < n_cand ? __ldcg(cand + threadIdx.x) : 0;
-        sh.cand[threadIdx.x] = own;
-        __syncthreads();
-        if (threadIdx.x < n_cand) {
-            uint32_t r = 0;
-#pragma unroll 4
-            for (uint32_t i = 0; i < n_cand; ++i) {
-                r += sh.cand[i] > own;
-            }
-            if (r < n_rest) {
-                list[r] = ~(uint32_t) own;
-            }
-        }
-        __syncthreads();
-        return;
-    }
-
-    // the n_rest-th largest candidate, digit by digit; all differ, since the cell is a part of them
+// The n_rest-th largest of a unit's candidates, digit by digit; all differ, since the cell is a part of them.
+static __device__ uint64_t select_least(const attn_args & a, const unit_sync * sync, const unsigned long long * cand, uint32_t n_rest, select_shared & sh) {
     constexpr int DIGIT = 10;
     uint64_t least = 0;
-    uint32_t need  = n_rest;
 #pragma unroll 1
     for (int shift = 60; shift >= 0; shift -= DIGIT) {
         for (int b = threadIdx.x; b < (1 << DIGIT); b += FAC_THREAD) {
@@ -313,36 +230,135 @@ static __device__ void select_rest(
         }
         __syncthreads();
 #pragma unroll 1
-        for (uint32_t i = threadIdx.x; i < n_cand; i += FAC_THREAD) {
-            const uint64_t c = __ldcg(cand + i);
-            if (shift == 60 || c >> (shift + DIGIT) == least) {
-                atomicAdd(&sh.hist[(c >> shift) & ((1u << DIGIT) - 1)], 1);
+        for (int block = 0; block < a.n_part; ++block) {
+            const uint32_t n = __ldcg(sync->n_cand + block);
+#pragma unroll 1
+            for (uint32_t i = threadIdx.x; i < n; i += FAC_THREAD) {
+                const uint64_t c = __ldcg(cand + (size_t) block*a.n_run + i);
+                if (shift == 60 || c >> (shift + DIGIT) == least) {
+                    atomicAdd(&sh.hist[(c >> shift) & ((1u << DIGIT) - 1)], 1);
+                }
             }
         }
         __syncthreads();
         int      digit;
         uint32_t above;
-        find_bin(sh.hist, 1 << DIGIT, need, sh, &digit, &above);
-        need -= above;
+        const int first = first_bin(1 << DIGIT);
+        find_bin(first >= 0 ? *(const uint4 *) (sh.hist + first) : make_uint4(0, 0, 0, 0), first, n_rest, sh, &digit, &above);
+        n_rest -= above;
         least = least << DIGIT | (uint32_t) digit;
     }
+    return least;
+}
 
-    // in the order of cells, which the candidates are not in
-    const uint32_t * key = a.key + (size_t) at_u*a.n_pad;
-    uint32_t first = 0;
-#pragma unroll 1
-    for (int t0 = 0; t0 < a.n_pad; t0 += FAC_THREAD) {
-        const int      t    = t0 + threadIdx.x;
-        const uint32_t k    = t < a.n_pad ? key[t] : KEY_HIDDEN;
-        const bool     take = bin_of(k) == bin && ((uint64_t) k << 32 | (uint32_t) ~t) >= least;
-        uint32_t n;
-        const uint32_t r = first + block_scan(take, sh.warps, &n);
-        if (take) {
-            list[r] = t;
+// The block's selected cells into list, in an order that depends on keys and cells alone; returns how many. key: of select_count.
+// A unit's blocks call it together, after they have waited for each other once.
+static __device__ int select_cells(
+        const attn_args & a, const unit & u, int at_u, int rank, select_shared & sh, const uint32_t * key, int32_t * list) {
+    const int lane = threadIdx.x%WARP_SIZE;
+    const int warp = threadIdx.x/WARP_SIZE;
+
+    unsigned long long * cand = (unsigned long long *) a.cand + (size_t) at_u*a.n_part*a.n_run;
+    unit_sync * sync = a.sync + at_u;
+
+    int      bin;
+    uint32_t above;
+    const int first = first_bin(N_BIN);
+    find_bin(__ldcg((const uint4 *) (a.hist + at_u*N_BIN + first)), first, a.budget, sh, &bin, &above);
+    const uint32_t lo     = bin >= 0 ? bin_base(bin) : 1; // smallest key of a candidate
+    const uint32_t hi     = bin_base(bin + 1);            // smallest key that is selected for certain
+    const uint32_t n_rest = bin >= 0 ? a.budget - above : 0;
+
+    // what is selected for certain is counted, candidates are offered: the first ones by way of shared memory, padded with 0
+    uint32_t own = 0;
+    select_each(a, key, rank, lo, [&](int t, uint32_t k) {
+        prefetch_cell(a, u, t);
+        if (k >= hi) {
+            own++;
+            return;
         }
-        first += n;
+        const uint64_t c  = (uint64_t) k << 32 | (uint32_t) ~t;
+        const uint32_t at = atomicAdd(&sh.n_cand, 1);
+        if (at < OFFER) {
+            sh.cand[at] = c;
+        } else {
+            __stcg(cand + (size_t) rank*a.n_run + at, c);
+        }
+    });
+    if (n_rest > 0) {
+        __syncthreads();
+        if (warp == 0) {
+            __stcg(cand + (size_t) rank*a.n_run + lane, sh.cand[lane]);
+            if (lane == 0) {
+                __stcg(sync->n_cand + rank, sh.n_cand);
+            }
+        }
+        unit_arrive(a, sync);
     }
+    uint32_t n_sure;
+    uint32_t at = block_scan(own, sh.warps, &n_sure);
+    if (own > 0) {
+        select_each(a, key, rank, hi, [&](int t, uint32_t) { list[at++] = t; });
+    }
+    if (n_rest == 0) {
+        __syncthreads();
+        return n_sure;
+    }
+    unit_wait(a, sync, 2);
+
+    // warp b looks at what block b offers
+    const uint64_t mine = warp < a.n_part ? __ldcg(cand + (size_t) warp*a.n_run + lane) : 0;
+    const uint32_t n    = lane < a.n_part ? __ldcg(sync->n_cand + lane) : 0;
+    if (!__any_sync(0xFFFFFFFFu, n > OFFER)) { // nearly always: each thread counts who comes before its candidate
+        uint32_t end = n; // of the candidates of blocks up to this lane
+#pragma unroll
+        for (int o = 1; o < MAX_PART; o *= 2) {
+            const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, end, o);
+            end += lane >= o ? below : 0;
+        }
+        const uint32_t n_cand = __shfl_sync(0xFFFFFFFFu, end, MAX_PART - 1);
+        const uint32_t start  = __shfl_sync(0xFFFFFFFFu, end - n, warp);
+        const uint32_t n_mine = __shfl_sync(0xFFFFFFFFu, n, warp);
+        if (lane < n_mine) {
+            sh.cand[start + lane] = mine;
+        }
+        const uint32_t start_here = __shfl_sync(0xFFFFFFFFu, end - n, rank);
+        const uint32_t n_here     = __shfl_sync(0xFFFFFFFFu, n, rank);
+        __syncthreads();
+        uint32_t before      = 0;
+        uint32_t before_here = 0;
+        uint64_t c           = 0;
+        if (threadIdx.x < n_here) {
+            c = sh.cand[start_here + threadIdx.x];
+#pragma unroll 4
+            for (uint32_t i = 0; i < n_cand; ++i) {
+                const bool larger = sh.cand[i] > c;
+                before      += larger;
+                before_here += larger && i - start_here < n_here;
+            }
+        }
+        const bool take = threadIdx.x < n_here && before < n_rest;
+        if (take) {
+            list[n_sure + before_here] = ~(uint32_t) c;
+        }
+        return n_sure + __syncthreads_count(take);
+    }
+
+    const uint64_t least = select_least(a, sync, cand, n_rest, sh);
+    auto each = [&](auto && f) {
+        select_each(a, key, rank, lo, [&](int t, uint32_t k) {
+            if (k < hi && ((uint64_t) k << 32 | (uint32_t) ~t) >= least) {
+                f(t);
+            }
+        });
+    };
+    own = 0;
+    each([&](int) { own++; });
+    uint32_t n_more;
+    at = n_sure + block_scan(own, sh.warps, &n_more);
+    each([&](int t) { list[at++] = t; });
     __syncthreads();
+    return n_sure + n_more;
 }
 
 } // namespace fasa

@@ -18,23 +18,38 @@ constexpr float LOG2E = 1.44269504f;
 constexpr uint32_t KEY_HIDDEN = 0;
 constexpr uint32_t KEY_FORCED = 0x7F800001;
 
-// Bins of the histogram: 16 for each power of two from 2^-122 on (scores are at most n_group), one for all that is smaller, and
-// one for the forced cells. Finer bins for fewer powers would leave sharp heads with all but a few cells in the first bin.
-constexpr int      BIN_SHIFT  = 19;
-constexpr uint32_t BIN_FIRST  = (127 - 122) << (23 - BIN_SHIFT);
-constexpr int      BIN_FORCED = N_BIN - 1;
+// Bins of the histogram: 64 for each power of two from 2^-24 on (scores are at most n_group), where flat heads have their
+// scores close together, 2 for each from 2^-122 on, as sharp heads need, one for all that is smaller, and one for the forced cells.
+constexpr int      FINE_SHIFT   = 17;
+constexpr int      COARSE_SHIFT = 22;
+constexpr uint32_t FINE_FIRST   = (127 - 24)  << 23;
+constexpr uint32_t COARSE_FIRST = (127 - 122) << 23;
+constexpr int      N_COARSE     = (FINE_FIRST - COARSE_FIRST) >> COARSE_SHIFT;
+constexpr int      BIN_FORCED   = N_BIN - 1;
+static_assert(N_COARSE + (((127 + 4) << 23) - FINE_FIRST >> FINE_SHIFT) < BIN_FORCED, "scores reach 16");
 
 static __device__ __forceinline__ int bin_of(uint32_t key) {
     if (key == KEY_HIDDEN || key == KEY_FORCED) {
         return key == KEY_HIDDEN ? -1 : BIN_FORCED;
     }
-    return max((int) (key >> BIN_SHIFT) - (int) BIN_FIRST, 0);
+    return key >= FINE_FIRST ? N_COARSE + (int) ((key - FINE_FIRST) >> FINE_SHIFT) :
+        key >= COARSE_FIRST ? (int) ((key - COARSE_FIRST) >> COARSE_SHIFT) : 0;
 }
 
 // The smallest key of a bin.
 static __device__ __forceinline__ uint32_t bin_base(int bin) {
-    return bin >= N_BIN ? 0xFFFFFFFFu : bin == BIN_FORCED ? KEY_FORCED : bin == 0 ? 1 : (bin + BIN_FIRST) << BIN_SHIFT;
+    return bin >= N_BIN ? 0xFFFFFFFFu : bin == BIN_FORCED ? KEY_FORCED : bin == 0 ? 1 :
+        bin < N_COARSE ? COARSE_FIRST + ((uint32_t) bin << COARSE_SHIFT) : FINE_FIRST + ((uint32_t) (bin - N_COARSE) << FINE_SHIFT);
 }
+
+constexpr int MAX_PART = 16; // blocks of select and fac for a unit: their results fit into registers
+
+// Where the blocks of a unit meet; zero at first.
+struct unit_sync {
+    uint32_t n_arrive;
+    uint32_t n_done;
+    uint32_t n_cand[MAX_PART]; // candidates of each block
+};
 
 struct attn_args {
     const char    * q;
@@ -62,25 +77,46 @@ struct attn_args {
     int n_fac;    // heads that tip and fac serve at once
     int n_slot;   // n_group rounded up to n_fac
     int n_pad;    // n_kv rounded up to BAND
-    int n_scan;   // blocks of tip and of select for a unit
-    int n_part;   // blocks of fac for a unit
-    int n_run;    // cells that a block of fac filters, a multiple of BAND
-    int list_len; // selected cells that a block of fac keeps in shared memory; 0: in global memory
+    int n_scan;   // blocks of tip for a unit
+    int n_part;   // blocks of select and fac for a unit
+    int n_run;    // cells of one of them, every n_part-th stretch of 1 << share
+    int share;
+    int key_len;  // keys that such a block keeps in shared memory, n_run; 0: in global memory
+    int list_len; // selected cells that it keeps in shared memory, budget; 0: in global memory
     int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
     int unit0;    // first unit of this launch
 
-    // Global memory between the kernels, for each unit of the launch.
-    float    * score;   // [n_group][n_pad], log2(e) * S_h, -inf if hidden
-    float2   * softmax; // [n_scan][n_group], largest score m and sum of 2^(score - m)
-    uint32_t * key;     // [n_pad]
-    uint32_t * hist;    // [N_BIN], visible cells by bin of their keys
-    uint64_t * done;    // blocks of fac that have finished << 32 | candidates that they found
-    uint64_t * cand;    // [n_pad], candidates: key << 32 | ~cell, which orders them
-    int32_t  * list;    // [n_part][budget] if list_len is 0, selected cells of a block
-    float    * part;    // [n_part + 1][n_group][d_v + 2], see fac_heads
+    // Global memory between the kernels and between blocks, for each unit of the launch.
+    float     * score;   // [n_group][n_pad], log2(e) * S_h, -inf if hidden
+    float2    * softmax; // [n_scan][n_group], largest score m and sum of 2^(score - m)
+    uint32_t  * hist;    // [N_BIN], visible cells by bin of their keys
+    unit_sync * sync;    // [1]
+    uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
+    uint32_t  * key;     // [n_part][n_run] if key_len is 0
+    int32_t   * list;    // [n_part][budget] if list_len is 0
+    float     * part;    // [n_part][n_group][d_v + 2], see fac_heads
 
     row_args rows;
 };
+
+// The blocks of a unit wait for each other: all of them are on the device together (see run_attn).
+static __device__ __forceinline__ void unit_arrive(const attn_args & a, unit_sync * sync) {
+    __syncthreads();
+    if (a.n_part > 1 && threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(&sync->n_arrive, 1);
+    }
+}
+
+// Until every block has arrived for the turn-th time; what they wrote before is then visible to loads that bypass L1 (__ldcg).
+static __device__ __forceinline__ void unit_wait(const attn_args & a, unit_sync * sync, int turn) {
+    if (a.n_part > 1 && threadIdx.x == 0) {
+        while ((int) *(volatile uint32_t *) &sync->n_arrive < turn*a.n_part) {
+        }
+        __threadfence();
+    }
+    __syncthreads();
+}
 
 // A KV group of one query row.
 struct unit {

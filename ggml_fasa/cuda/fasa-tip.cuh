@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(TIP_WARP*WARP_SIZE, NH > 4 ? 2 : 3) fasa_tip(c
             a.hist[at_u*N_BIN + b] = 0;
         }
         if (threadIdx.x == 0) {
-            a.done[at_u] = 0;
+            a.sync[at_u] = {};
         }
     }
 

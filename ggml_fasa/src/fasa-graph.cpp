@@ -147,6 +147,10 @@ ggml_tensor * llama_fasa_build_write(
     return fasa ? fasa->build_write(ctx, k, k_set, k_idxs) : k_set;
 }
 
+bool llama_fasa_set_mask(llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch, bool causal) {
+    return fasa && fasa->set_mask(mask, ubatch, causal);
+}
+
 void llama_fasa_mark_forced(llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch) {
     if (fasa) {
         fasa->mark_forced(mask, ubatch);

@@ -40,6 +40,7 @@ ggml_tensor * llama_fasa_build_attn(
 // llama-kv-cache: see the methods of the same names in llama_fasa_index_cache. fasa may be NULL.
 ggml_tensor * llama_fasa_build_write(
         const llama_fasa_index_cache * fasa, ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs);
+bool llama_fasa_set_mask   (llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch, bool causal);
 void llama_fasa_mark_forced(llama_fasa_index_cache * fasa, ggml_tensor * mask, const llama_ubatch & ubatch);
 void llama_fasa_mark_dirty (llama_fasa_index_cache * fasa, int32_t stream = -1);
 bool llama_fasa_dirty      (const llama_fasa_index_cache * fasa);

@@ -255,56 +255,6 @@ ggml_tensor * llama_fasa_index_cache::build_write(
     return cur;
 }
 
-template <typename T>
-static void mark_forced_rows(
-        const llama_fasa_config & config, const llama_kv_cells_vec & v_cells, const std::vector<uint32_t> & seq_to_stream,
-        const llama_ubatch & ubatch, int64_t n_rows, T * mask, int64_t n_kv, T hidden, T forced) {
-    auto mark = [&](T * row, uint32_t cell) {
-        if ((int64_t) cell < n_kv && memcmp(&row[cell], &hidden, sizeof(T)) != 0) {
-            row[cell] = forced;
-        }
-    };
-
-    for (int64_t i = 0; i < n_rows; ++i) {
-        const llama_seq_id seq = ubatch.seq_id[i][0];
-        const llama_pos    pos = ubatch.pos[i];
-
-        // (pos, cell) of the sequence, ordered: cells need not lie in the order of positions
-        const auto & cells = v_cells[seq_to_stream[seq]].seq_pos_get(seq);
-        T * row = mask + i*n_kv;
-
-        auto first = cells.begin();
-        for (int32_t n = 0; n < config.n_sink && first != cells.end() && first->first <= pos; ++n, ++first) {
-            mark(row, first->second);
-        }
-        auto last = cells.upper_bound({ pos, UINT32_MAX });
-        for (int32_t n = 0; n < config.n_recent && last != cells.begin(); ++n) {
-            mark(row, (--last)->second);
-        }
-    }
-}
-
-void llama_fasa_index_cache::mark_forced(ggml_tensor * mask, const llama_ubatch & ubatch) {
-    const int64_t n_kv = mask->ne[0];
-
-    const int64_t n_rows = config.n_sparse_rows(ubatch, n_kv);
-    const bool    whole  = config.n_decode_rows(ubatch) == ubatch.n_tokens;
-    if (n_rows == 0) {
-        (whole ? stats.n_step_dense : stats.n_step_prefill)++;
-        return;
-    }
-    (whole ? stats.n_step_sparse : stats.n_step_mixed)++;
-    stats.n_row_sparse += n_rows;
-
-    if (mask->type == GGML_TYPE_F16) {
-        mark_forced_rows<ggml_fp16_t>(config, kv.v_cells, kv.seq_to_stream, ubatch, n_rows, (ggml_fp16_t *) mask->data, n_kv,
-                ggml_fp32_to_fp16(-INFINITY), ggml_fp32_to_fp16(-0.0f));
-    } else {
-        mark_forced_rows<float>(config, kv.v_cells, kv.seq_to_stream, ubatch, n_rows, (float *) mask->data, n_kv,
-                -INFINITY, -0.0f);
-    }
-}
-
 void llama_fasa_index_cache::mark_dirty(int32_t stream) {
     if (stream < 0) {
         std::fill(stream_dirty.begin(), stream_dirty.end(), true);

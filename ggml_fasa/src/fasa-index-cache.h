@@ -50,6 +50,9 @@ ggml_fasa_index_type llama_fasa_resolve_index_type(const llama_fasa_params & par
 // The size of the Walsh-Hadamard blocks by which kv rotates K, 0 if it does not: upstream rotates a quantised K.
 int32_t llama_fasa_hadamard(const llama_kv_cache & kv);
 
+// Whether LLAMA_FASA_VERIFY=1 is in the environment.
+bool llama_fasa_verifies();
+
 struct llama_fasa_index_cache {
     // Allocates the index of every layer that metadata gives FCs and whose K lives in kv. Throws std::runtime_error.
     llama_fasa_index_cache(llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config);
@@ -71,7 +74,11 @@ struct llama_fasa_index_cache {
     // Returns k_set itself for layers without index.
     ggml_tensor * build_write(ggml_context * ctx, ggml_tensor * k, ggml_tensor * k_set, ggml_tensor * k_idxs) const;
 
-    // Marks the forced cells of every row of an attention mask by -0.0, and counts the step. See ggml_fasa_attn.
+    // Fills an attention mask (F16 or F32 [n_kv, rows], 0 or -inf) as llama.cpp does, but without a look at every cell, and
+    // marks it. false: the mask is of a kind that is left to llama.cpp.
+    bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal);
+
+    // Marks the forced cells of every row of a mask by -0.0, and counts the step. See ggml_fasa_attn.
     void mark_forced(ggml_tensor * mask, const llama_ubatch & ubatch);
 
     // After K changed other than by a write: the whole stream (-1: all) is indexed again before the next batch.
@@ -105,11 +112,15 @@ private:
     void new_device_tensors(
             ggml_context * ctx, ggml_context * ctx_small, const std::vector<size_t> & mapped, uint64_t index_size);
     size_t staging_size(const std::vector<size_t> & mapped, int64_t n_head_max) const;
+    // With LLAMA_FASA_VERIFY=1 set_mask leaves its mask here and has llama.cpp fill one too: aborts where they differ.
+    void verify_mask(const ggml_tensor * mask);
+
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
 
     std::vector<layer>                                 layers;
     std::unordered_map<const ggml_tensor *, size_t>    layer_of_k;
     std::vector<bool>                                  stream_dirty;
+    std::vector<uint8_t>                               mask_to_verify;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
 
     uint64_t index_bytes = 0;

@@ -1,4 +1,4 @@
-// The debug check LLAMA_FASA_VERIFY: is the index what a rebuild from K would give?
+// The debug check LLAMA_FASA_VERIFY: is the index what a rebuild from K would give, and the mask llama.cpp's?
 
 #include "fasa-graph.h"
 #include "fasa-index-cache.h"
@@ -97,12 +97,22 @@ std::string llama_fasa_index_cache::verify(llama_context & lctx) const {
     return "";
 }
 
-void llama_fasa_verify(llama_context & lctx) {
+void llama_fasa_index_cache::verify_mask(const ggml_tensor * mask) {
+    if (!mask_to_verify.empty() && memcmp(mask_to_verify.data(), mask->data, mask_to_verify.size()) != 0) {
+        GGML_ABORT("FASA: the attention mask is not that of llama.cpp");
+    }
+    mask_to_verify.clear();
+}
+
+bool llama_fasa_verifies() {
     static const char * const env = getenv("LLAMA_FASA_VERIFY");
     static const bool enabled = env && strcmp(env, "0") != 0;
+    return enabled;
+}
 
+void llama_fasa_verify(llama_context & lctx) {
     const llama_fasa_index_cache * fasa = lctx.get_cparams().fasa;
-    if (!enabled || !fasa) {
+    if (!llama_fasa_verifies() || !fasa) {
         return;
     }
     const std::string wrong = fasa->verify(lctx);
