@@ -196,8 +196,8 @@ void llama_fasa_index_cache::new_device_tensors(
     const uint64_t bound = config.vram > 0 ? (uint64_t) config.vram << 20 : UINT64_MAX;
     const uint64_t least = index_size + staging_size(mapped, 1);
     if (least > bound) {
-        throw std::runtime_error(format("FASA: %d MiB of device memory (--fasa-vram) do not hold the index of %.1f MiB and the staging "
-                "of K and V: give at least %.0f, or use a smaller context (-c) or index (--fasa-index-type)",
+        throw std::runtime_error(format("FASA: %d MiB of device memory (--fasa-vram) do not hold the index of %.1f MiB and the "
+                "staging of K and V: give at least %.0f, or use a smaller context (-c) or index (--fasa-index-type)",
                 config.vram, index_size/1024.0/1024.0, std::ceil(least/1024.0/1024.0)));
     }
 
