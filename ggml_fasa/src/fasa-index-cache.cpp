@@ -196,41 +196,44 @@ void llama_fasa_index_cache::new_device_tensors(
     const uint64_t bound = config.vram > 0 ? (uint64_t) config.vram << 20 : UINT64_MAX;
     const uint64_t least = index_size + staging_size(mapped, 1);
     if (least > bound) {
-        throw std::runtime_error(format("FASA: %d MiB of device memory (--fasa-vram) do not hold the index of %.1f MiB and the staging "
-                "of K and V: give at least %.0f, or use a smaller context (-c) or index (--fasa-index-type)",
+        throw std::runtime_error(format("FASA: %d MiB of device memory (--fasa-vram) do not hold the index of %.1f MiB and the "
+                "staging of K and V: give at least %.0f, or use a smaller context (-c) or index (--fasa-index-type)",
                 config.vram, index_size/1024.0/1024.0, std::ceil(least/1024.0/1024.0)));
     }
 
     // beyond that, the row cache comes first
-    const int64_t n_rows = std::min(config.budget, ROW_CACHE_MAX);
-    uint64_t size = 0;
-    auto each_cached = [&](auto && f) {
-        for (const size_t i : mapped) {
-            const auto & cache = kv.layers[kv.map_layer_ids.at(layers[i].il)];
-            if (cache.k->type == GGML_TYPE_F16 && cache.v->type == GGML_TYPE_F16) {
-                f(layers[i], 2*n_rows*(kv.hparams.n_embd_head_k(layers[i].il) + kv.hparams.n_embd_head_v(layers[i].il)),
-                        kv.hparams.n_head_kv(layers[i].il));
-            }
-        }
+    struct cached {
+        layer & of;
+        int64_t n_rows, n_head_kv, row; // row: values of K and V
     };
-    each_cached([&](const layer &, int64_t n, int64_t n_head_kv) {
-        size += (n*sizeof(ggml_fp16_t) + (GGML_FASA_ROW_STATE + 2*n_rows)*sizeof(int32_t))*n_head_kv*kv.n_stream;
-    });
-    if (least + size <= bound) {
-        rows_bytes += size;
-        each_cached([&](layer & l, int64_t n, int64_t n_head_kv) {
-            l.row_state = ggml_fasa_new_row_state(ctx_small, n_rows, n_head_kv, kv.n_stream);
-            l.rows      = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n, 1, n_head_kv, kv.n_stream);
-            ggml_format_name(l.row_state, "fasa_row_state_l%d", l.il);
-            ggml_format_name(l.rows,      "fasa_rows_l%d",      l.il);
-        });
-    } else {
-        size = 0;
+    std::vector<cached> rows;
+    uint64_t            rows_size = 0;
+    for (const size_t i : mapped) {
+        layer &      l     = layers[i];
+        const auto & cache = kv.layers[kv.map_layer_ids.at(l.il)];
+        if (cache.k->type == GGML_TYPE_F16 && cache.v->type == GGML_TYPE_F16) {
+            rows.push_back({ l, std::min(budget(&l), ROW_CACHE_MAX), kv.hparams.n_head_kv(l.il),
+                    kv.hparams.n_embd_head_k(l.il) + kv.hparams.n_embd_head_v(l.il) });
+            const cached & c = rows.back();
+            rows_size += (2*c.n_rows*(c.row*sizeof(ggml_fp16_t) + sizeof(int32_t)) + GGML_FASA_ROW_STATE*sizeof(int32_t))*
+                c.n_head_kv*kv.n_stream;
+        }
     }
+    if (least + rows_size > bound) {
+        rows.clear();
+        rows_size = 0;
+    }
+    for (const cached & c : rows) {
+        c.of.row_state = ggml_fasa_new_row_state(ctx_small, c.n_rows, c.n_head_kv, kv.n_stream);
+        c.of.rows      = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, 2*c.n_rows*c.row, 1, c.n_head_kv, kv.n_stream);
+        ggml_format_name(c.of.row_state, "fasa_row_state_l%d", c.of.il);
+        ggml_format_name(c.of.rows,      "fasa_rows_l%d",      c.of.il);
+    }
+    rows_bytes += rows_size;
 
     int64_t n_head = 1;
     while (staging_size(mapped, n_head + 1) > staging_size(mapped, n_head) &&
-            index_size + size + staging_size(mapped, n_head + 1) <= bound) {
+            index_size + rows_size + staging_size(mapped, n_head + 1) <= bound) {
         ++n_head;
     }
     ggml_tensor * staging = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, staging_size(mapped, n_head));

@@ -226,8 +226,11 @@ int64_t ggml_fasa_staged_heads(const ggml_tensor * op) {
     const ggml_tensor * v       = op->src[GGML_FASA_SRC_V];
     const ggml_tensor * staging = op->src[GGML_FASA_SRC_STAGING];
 
+    auto size_of = [&](int64_t n) {
+        return ggml_fasa_staging_size(k->type, k->ne[0], v->type, v->ne[0], k->ne[1]*k->ne[3], n, k->ne[2]);
+    };
     int64_t n = ggml_fasa_staged_heads_max(k->ne[2]);
-    while (n > 0 && ggml_fasa_staging_size(k->type, k->ne[0], v->type, v->ne[0], k->ne[1]*k->ne[3], n, k->ne[2]) > ggml_nbytes(staging)) {
+    while (n > 0 && size_of(n) > ggml_nbytes(staging)) {
         --n;
     }
     return n;

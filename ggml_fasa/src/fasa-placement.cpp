@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <cinttypes>
 
-// What variant C leaves free on a device for everything else: compute buffers, and the 1 GiB that llama.cpp's fitting leaves free.
+// What variant C leaves free on a device: for compute buffers, and 1 GiB that llama.cpp's fitting wants left.
 static constexpr uint64_t RESERVE = 2ull << 30;
 
 // Bytes that K, V and index of all layers on a device take in variant C.
