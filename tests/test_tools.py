@@ -199,16 +199,18 @@ def test_agreement_ends_at_the_first_difference():
 
 
 def test_soak(bin_dir, calibrated, tmp_path):
-    """A short one, with both kinds of cache; and one whose bar no answer can reach."""
+    """A short one, with both kinds of cache and without FASA; and one whose bar no answer can reach."""
     out = tmp_path / "rows.jsonl"
-    args = [calibrated, "--minutes", 0.3, "--prompts", 1, "--llama-server", bin_dir / "llama-server", "--out", out]
+    args = [calibrated, "--minutes", 0.3, "--dense-minutes", 0.1, "--prompts", 1]
+    args += ["--llama-server", bin_dir / "llama-server", "--out", out]
     done = run("soak.py", *args)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["cache"] for row in rows] == ["unified", "streams"]
+    assert [(row["cache"], row["budget"]) for row in rows] == [("unified", 512), ("streams", 512), ("unified", 0)]
     for row in rows:
-        assert row["errors"] == [] and row["n_step_sparse"] > 0 and row["share_sparse"] > 0
+        assert row["errors"] == [] and (row["share_sparse"] > 0) == (row["budget"] > 0)
         assert sum(row["requests"].values()) > 0 and row["memory_mib"]["start"] > 0
+        assert row["n_shifted"] == row["requests"].get("shift", 0)
     done = run("soak.py", *args, "--least-agreement", 1.1)
     assert done.returncode == 1 and "answers agree" in done.stderr, done.stderr
 
