@@ -1,5 +1,6 @@
 """The developer programs that measure: on tiny models and on rows made up here."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -217,11 +218,28 @@ def test_soak(bin_dir, calibrated, tmp_path):
 
 def test_upstream_table():
     rows = [
-        ("ops", "test-a", "passed", "", ""),
-        ("ops", "test-b", "failed", "exit 1", "failed"),
-        ("server", "test_c", "failed", "exit 1", "passed"),
-        ("server", "test_d", "not run", "needs a download", ""),
+        ("ops", "test-a", "passed", "7/7 tests passed", "", "c1"),
+        ("ops", "test-b", "failed", "exit 1", "failed", "c1"),
+        ("server", "test_c", "failed", "exit 1", "passed", "c2"),
+        ("server", "test_d", "not run", "needs a download", "", "c2"),
     ]
-    assert "| ops | 2 | 1 | 1 | 1 | 0 |" in upstream_tests.table(rows)
-    assert "| server | 2 | 0 | 1 | 0 | 1 |" in upstream_tests.table(rows)
-    assert "`test_d`" in upstream_tests.page(rows).split("## Not run")[1]
+    page = upstream_tests.page(rows)
+    assert "| ops | 2 | 1 | 1 | 1 | 0 |" in page and "| server | 2 | 0 | 1 | 0 | 1 |" in page
+    assert "- `test-a`: passed, 7/7 tests passed\n" in page and "commit c1, c2," in page
+    assert "`test_d`" in page.split("## Not run")[1]
+
+
+def test_upstream_run_goes_on(tmp_path, monkeypatch):
+    """What ended is kept; what did not end, or is asked for by name, runs; others' results stay."""
+    ran = []
+
+    def unit(name, result):
+        return "ops", lambda: ran.append(name) or [(name, result, "", "")]
+
+    units = {"one": unit("one", "passed"), "two": unit("two", "not run")}
+    monkeypatch.setattr(upstream_tests, "units", lambda args: units)
+    for only, expected in [(None, ["one", "two"]), (None, ["two"]), ("^o", ["one"])]:
+        ran.clear()
+        rows = upstream_tests.run_all(argparse.Namespace(build=tmp_path, only=only))
+        assert ran == expected
+        assert [row[:3] for row in rows if row[0] == "ops"] == [("ops", "one", "passed"), ("ops", "two", "not run")]
