@@ -230,16 +230,27 @@ def test_upstream_table():
 
 
 def test_upstream_run_goes_on(tmp_path, monkeypatch):
-    """What ended is kept; what did not end, or is asked for by name, runs; others' results stay."""
+    """What ended is kept; what did not end, runs; what failed runs unpatched, once; parts add up."""
     ran = []
 
     def unit(name, result):
-        return "ops", lambda: ran.append(name) or [(name, result, "", "")]
+        return "ops", lambda build, tests: ran.append((build.name, name, tests)) or {name: (result, "")}
 
-    units = {"one": unit("one", "passed"), "two": unit("two", "not run")}
+    units = {"one": unit("one", "passed"), "two": unit("two", "not run"), "three": unit("three", "failed")}
     monkeypatch.setattr(upstream_tests, "units", lambda args: units)
-    for only, expected in [(None, ["one", "two"]), (None, ["two"]), ("^o", ["one"])]:
+    patched, unpatched = tmp_path, tmp_path / "unpatched"
+    first, second, third = ((patched.name, name, None) for name in units)
+    again = ("unpatched", "three", ["three"])
+    for only, other, force, expected in [
+        ("^o", None, False, [first]),
+        ("", None, False, [second, third]),
+        ("t", unpatched, False, [second, again]),
+        ("", unpatched, False, [second]),
+        ("one", unpatched, True, [first]),
+    ]:
         ran.clear()
-        rows = upstream_tests.run_all(argparse.Namespace(build=tmp_path, only=only))
+        args = argparse.Namespace(build=patched, unpatched=other, only=only, again=force)
+        rows = [row[1:5] for row in upstream_tests.run_all(args) if row[0] == "ops"]
         assert ran == expected
-        assert [row[:3] for row in rows if row[0] == "ops"] == [("ops", "one", "passed"), ("ops", "two", "not run")]
+    assert [row[:2] for row in rows] == [("one", "passed"), ("two", "not run"), ("three", "failed")]
+    assert rows[2][3] == "failed"

@@ -1,7 +1,7 @@
 """Runs upstream's own tests on the patched tree and writes which pass as a table.
 
     cmake -B build/upstream -DLLAMA_BUILD_TESTS=ON
-    cmake --build build/upstream --target llama-server $(python tools/upstream_tests.py --targets)
+    cmake --build build/upstream --target $(python tools/upstream_tests.py --targets)
     python tools/upstream_tests.py build/upstream LLAMA_CPP model.gguf --out docs/upstream-tests.md
 
 LLAMA_CPP: the source tree, for its tests of the server's API, which need what tools/server/tests/requirements.txt in it
@@ -10,7 +10,7 @@ twice: as they are, and with FASA and LLAMA_FASA_VERIFY=1. With --unpatched BUIL
 patches, what failed is run there too.
 
 It takes hours. What came to its end is kept in BUILD/upstream-tests.json and not run again, so that a run that was
-stopped goes on. --only REGEX runs what it names, again or not: "test-backend-ops.*MUL_MAT", "^server".
+stopped goes on, and can be made in parts: --only "test-backend-ops.*MUL_MAT", --only "^server:".
 """
 
 import argparse
@@ -99,39 +99,32 @@ def run_server_tests(build, tree, model, environment, tests):
             for child in case:
                 if child.tag in ("failure", "error", "skipped"):
                     result = "not run" if child.tag == "skipped" else "failed"
-                    why = " ".join((child.get("message") or "").splitlines()[:1])[:120]
+                    why = (child.get("message") or "").partition("\n")[0][:120]
             results[f"unit/{file}.py::{case.get('name')}"] = result, why
     return results
 
 
 def units(args):
-    """{name: (area, function that runs it)}; the function returns [(name, result, why, result unpatched or "")]."""
+    """{name: (area, run)}; run(build, tests) returns {test: (result, why)}; tests: of these only, None: of all."""
     models = args.build / "upstream-test-models"
     models.mkdir(exist_ok=True)
 
     def program(name, program, text):
         words = [word.format(model=args.model, models=models) for word in text.split()]
-        result, why = run_program(args.build, program, words, args.seconds)
-        again = result == "failed" and args.unpatched
-        return [(name, result, why, run_program(args.unpatched, program, words, args.seconds)[0] if again else "")]
+        return lambda build, _: {name: run_program(build, program, words, args.seconds)}
 
-    def server(environment, file):
-        def run(build, tests):
-            return run_server_tests(build, args.llama_cpp, args.model, environment, tests)
-
-        results = run(args.build, [f"unit/{file}"])
-        failed = [name for name, (result, _) in results.items() if result == "failed"]
-        again = run(args.unpatched, failed) if failed and args.unpatched else {}
-        return [(name, *result, again.get(name, ("", ""))[0]) for name, result in results.items()]
+    def server(file, environment):
+        return lambda build, tests: run_server_tests(
+            build, args.llama_cpp, args.model, environment, tests or [f"unit/{file}"]
+        )
 
     found = {}
     for area, name, text in PROGRAMS:
         full = f"{name} {text.format(model='model.gguf', models='MODELS')}".strip()
-        found[full] = area, lambda full=full, name=name, text=text: program(full, name, text)
+        found[full] = area, program(full, name, text)
     for area, environment in SERVER.items():
         for path in sorted((args.llama_cpp / "tools" / "server" / "tests" / "unit").glob("test_*.py")):
-            run = lambda environment=environment, file=path.name: server(environment, file)  # noqa: E731
-            found[f"{area}: {path.name}"] = area, run
+            found[f"{area}: {path.name}"] = area, server(path.name, environment)
     return found
 
 
@@ -144,15 +137,18 @@ def run_all(args):
 
     rows = [(area, program, "not run", "needs a download", "", "") for area, program in DOWNLOADS]
     for name, (area, run) in units(args).items():
-        unit = results().get(name)
-        ended = unit and all(result != "not run" or area in SERVER for _, result, *_ in unit["tests"])
-        if re.search(args.only, name) if args.only else not ended:
-            unit = {"commit": commit(), "tests": run()}
+        unit = results().get(name, {"commit": "", "tests": {name: ("not run", "not asked for")}, "unpatched": {}})
+        if re.search(args.only, name):
+            ended = unit["commit"] and (area in SERVER or unit["tests"][name][0] != "not run")
+            if args.again or not ended:
+                unit = {"commit": commit(), "tests": run(args.build, None), "unpatched": {}}
+            failed = [test for test, (result, _) in unit["tests"].items() if result == "failed"]
+            if args.unpatched and set(failed) - set(unit["unpatched"]):
+                unit["unpatched"] = {test: result for test, (result, _) in run(args.unpatched, failed).items()}
             kept.write_text(json.dumps({**results(), name: unit}, indent=1))  # others may have been added meanwhile
-            for test, result, why, unpatched in unit["tests"]:
-                print(f"{result:8} {test} {why} {unpatched}", file=sys.stderr, flush=True)
-        tests = unit["tests"] if unit else [(name, "not run", "not asked for", "")]
-        rows += [(area, *test, unit["commit"] if unit else "") for test in tests]
+        for test, (result, why) in unit["tests"].items():
+            rows.append((area, test, result, why, unit["unpatched"].get(test, ""), unit["commit"]))
+            print(*rows[-1][2:5], test, file=sys.stderr, flush=True)
     return rows
 
 
@@ -212,15 +208,19 @@ def main():
     parser.add_argument("model", nargs="?", type=lambda p: pathlib.Path(p).resolve())
     parser.add_argument("--unpatched", type=lambda p: pathlib.Path(p).resolve(), help="a build without our patches")
     parser.add_argument("--seconds", type=int, default=3600, help="most for one program (default: 3600)")
-    parser.add_argument("--only", metavar="REGEX", help="which programs and server's test files, by name")
+    parser.add_argument("--only", metavar="REGEX", default="", help="which programs and server's test files, by name")
+    parser.add_argument("--again", action="store_true", help="also what came to its end before")
     parser.add_argument("--out", type=pathlib.Path, help="the page to write; without it the table goes to the terminal")
     parser.add_argument("--targets", action="store_true", help="print the programs to build, and no more")
     args = parser.parse_args()
     if args.targets:
-        print(*dict.fromkeys(program for _, program, _ in PROGRAMS))
+        print("llama-server", *dict.fromkeys(program for _, program, _ in PROGRAMS))
         return 0
     if args.model is None:
         parser.error("give BUILD, LLAMA_CPP and the model")
+    for build in filter(None, (args.build, args.unpatched)):
+        if not (build / "bin" / "llama-server").exists():
+            parser.error(f"there is no llama-server in {build / 'bin'}")
     rows = run_all(args)
     if args.out:
         args.out.write_text(page(rows))
