@@ -105,7 +105,7 @@ def run_server_tests(build, tree, model, environment, tests):
 
 
 def units(args):
-    """{name: (area, run)}; run(build, tests) returns {test: (result, why)}; tests: of these only, None: of all."""
+    """{name: (area, run)}; run(build, tests) returns {test: (result, why)}; tests: of these at least, None: of all."""
     models = args.build / "upstream-test-models"
     models.mkdir(exist_ok=True)
 
@@ -114,9 +114,11 @@ def units(args):
         return lambda build, _: {name: run_program(build, program, words, args.seconds)}
 
     def server(file, environment):
-        return lambda build, tests: run_server_tests(
-            build, args.llama_cpp, args.model, environment, tests or [f"unit/{file}"]
-        )
+        def run(build, tests):
+            functions = {test.partition("[")[0] for test in tests or [f"unit/{file}"]}  # parameters are hard to quote
+            return run_server_tests(build, args.llama_cpp, args.model, environment, sorted(functions))
+
+        return run
 
     found = {}
     for area, name, text in PROGRAMS:
@@ -144,7 +146,8 @@ def run_all(args):
                 unit = {"commit": commit(), "tests": run(args.build, None), "unpatched": {}}
             failed = [test for test, (result, _) in unit["tests"].items() if result == "failed"]
             if args.unpatched and set(failed) - set(unit["unpatched"]):
-                unit["unpatched"] = {test: result for test, (result, _) in run(args.unpatched, failed).items()}
+                again = run(args.unpatched, failed)
+                unit["unpatched"] = {test: again[test][0] for test in failed if test in again}
             kept.write_text(json.dumps({**results(), name: unit}, indent=1))  # others may have been added meanwhile
         for test, (result, why) in unit["tests"].items():
             rows.append((area, test, result, why, unit["unpatched"].get(test, ""), unit["commit"]))
