@@ -6,8 +6,8 @@
 
 LLAMA_CPP: the source tree, for its tests of the server's API, which need what tools/server/tests/requirements.txt in it
 names; model.gguf: a small calibrated model, stands for the models that the tests would download. The server's tests run
-twice: as they are, and with FASA and LLAMA_FASA_VERIFY=1. With --unpatched BUILD, a build of the same tree without our
-patches, what failed is run there too.
+as they are, and those that decode once more, with FASA and LLAMA_FASA_VERIFY=1. With --unpatched BUILD, a build of the
+same tree without our patches, what failed is run there too.
 
 It takes hours. What came to its end is kept in BUILD/upstream-tests.json and not run again, so that a run that was
 stopped goes on, and can be made in parts: --only "test-backend-ops.*MUL_MAT", --only "^server:".
@@ -56,8 +56,16 @@ PROGRAMS = [
 ]
 # programs that download in the middle of it, and so cannot pass without a network
 DOWNLOADS = [("options", "test-arg-parser"), ("files", "test-gguf-model-data"), ("files", "test-quant-type-selection")]
-# areas of the server's tests: what is set for the server
-SERVER = {"server": {}, "server with FASA": {"LLAMA_ARG_FASA_BUDGET": "64", "LLAMA_FASA_VERIFY": "1"}}
+# the server's test files that decode, and keep what they decoded; these run with FASA too
+DECODING = "completion ctx_shift embedding infill kv_keep_only_active metrics rerank slot_save speculative".split()
+# areas of the server's tests: the server's environment, its test files
+SERVER = {
+    "server": ({}, ["test_*.py"]),
+    "server with FASA": (
+        {"LLAMA_ARG_FASA_BUDGET": "64", "LLAMA_FASA_VERIFY": "1"},
+        [f"test_{name}.py" for name in DECODING],
+    ),
+}
 
 
 def run_program(build, program, args, seconds):
@@ -124,8 +132,9 @@ def units(args):
     for area, name, text in PROGRAMS:
         full = f"{name} {text.format(model='model.gguf', models='MODELS')}".strip()
         found[full] = area, program(full, name, text)
-    for area, environment in SERVER.items():
-        for path in sorted((args.llama_cpp / "tools" / "server" / "tests" / "unit").glob("test_*.py")):
+    unit = args.llama_cpp / "tools" / "server" / "tests" / "unit"
+    for area, (environment, patterns) in SERVER.items():
+        for path in sorted(path for pattern in patterns for path in unit.glob(pattern)):
             found[f"{area}: {path.name}"] = area, server(path.name, environment)
     return found
 
