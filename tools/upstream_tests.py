@@ -107,7 +107,7 @@ def run_server_tests(build, tree, model, environment, tests):
             for child in case:
                 if child.tag in ("failure", "error", "skipped"):
                     result = "not run" if child.tag == "skipped" else "failed"
-                    why = (child.get("message") or "").partition("\n")[0][:120]
+                    why = (child.get("message") or "").partition("\n")[0].replace(str(tree), "LLAMA_CPP")[:120]
             results[f"unit/{file}.py::{case.get('name')}"] = result, why
     return results
 
