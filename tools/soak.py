@@ -253,9 +253,9 @@ def table(rows):
         memory = ", ".join(str(r["memory_mib"][when]) for when in ("start", "middle", "end"))
         agreement = "; ".join(f"{kind} {mean:.2f} ({r['n_compared'][kind]})" for kind, mean in r["agreement"].items())
         lines.append(
-            f"| {r['cache']} | {r['budget'] or 'off'} | {'yes' if r['verify'] and r['budget'] else 'no'} | {r['minutes']:g} | "
-            f"{sum(r['requests'].values())}: {requests} | {len(r['errors'])} | {r['n_shifted']} | {memory} | "
-            f"{100 * r['share_sparse']:.0f} % | {agreement} |"
+            f"| {r['cache']} | {r['budget'] or 'off'} | {'yes' if r['verify'] and r['budget'] else 'no'} "
+            f"| {r['minutes']:g} | {sum(r['requests'].values())}: {requests} | {len(r['errors'])} | {r['n_shifted']} "
+            f"| {memory} | {100 * r['share_sparse']:.0f} % | {agreement} |"
         )
     return "\n".join(lines)
 
