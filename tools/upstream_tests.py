@@ -237,9 +237,9 @@ def main():
     if args.out:
         args.out.write_text(page(rows))
     print(table(rows))
-    new = [name for _, name, result, _, unpatched, _ in rows if result == "failed" and unpatched != "failed"]
-    for name in new:
-        print(f"error: {name} failed" + (" and passes unpatched" if args.unpatched else ""), file=sys.stderr)
+    new = {name: unpatched for _, name, result, _, unpatched, _ in rows if result == "failed" and unpatched != "failed"}
+    for name, unpatched in new.items():
+        print(f"error: {name} failed" + (f", unpatched {unpatched}" if unpatched else ""), file=sys.stderr)
     return 1 if new else 0
 
 
