@@ -23,7 +23,7 @@
 
 namespace fasa {
 
-// Asks for the cache line at p, which may lie beyond what is allocated.
+// Asks for the cache line at p, which may lie beyond what is allocated; into L1.
 inline void prefetch(const void * p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p);
