@@ -120,22 +120,23 @@ def test_mass_is_the_greedy_choice_by_the_oracle(rng):
     q, k = rng.standard_normal((10, 6, 3, 2)), rng.standard_normal((10, 300, 2))
     q[:4], k[:4] = 1.5 * q[0], k[0] + 0.05 * rng.standard_normal((4, 300, 2))
     head = group(q, k, np.arange(140, 300, 30))
-    chosen = []
-    for _ in range(4):
-        rest = [fc for fc in range(10) if fc not in chosen]
-        chosen.append(max(rest, key=lambda fc: captured(head, [*chosen, fc], RULES)))
-    assert CHOOSE["mass"](head, 4, RULES, rng) == sorted(chosen)
+    chosen = list(range(10))
+    while len(chosen) > 4:
+        chosen.remove(max(chosen, key=lambda fc: captured(head, [c for c in chosen if c != fc], RULES)))
+    assert CHOOSE["mass"](head, 4, RULES, rng) == chosen
     alone = sorted(range(10), key=lambda fc: -captured(head, [fc], RULES))[:4]
-    assert sorted(chosen) != sorted(alone)
+    assert chosen != sorted(alone)
 
 
 def test_mass_captures_more_than_ca_and_random(rng):
-    """Correlated FCs: twins of one FC agree best with the full score, but add nothing to each other."""
-    q, k = rng.standard_normal((16, 8, 3, 2)), rng.standard_normal((16, 600, 2))
-    q[1:6], k[1:6] = q[0], k[0] + 0.05 * rng.standard_normal((5, 600, 2))
-    head = group(1.5 * q, k, np.arange(200, 600, 50))
-    mass, ca, random = (captured(head, CHOOSE[c](head, 4, RULES, rng), RULES) for c in ("mass", "ca", "random"))
-    assert mass > ca > random
+    """Four kinds of FCs, three of each, one kind stronger than the other: it agrees best with the full score, but its
+    FCs add nothing to each other."""
+    q, k = rng.standard_normal((12, 8, 3, 2)), rng.standard_normal((12, 600, 2))
+    for i in range(0, 12, 3):
+        q[i : i + 3], k[i : i + 3] = (1 + i / 12) * q[i], k[i] + 0.05 * rng.standard_normal((3, 600, 2))
+    head = group(q, k, np.arange(200, 600, 50))
+    mass, ca, *random = (captured(head, CHOOSE[c](head, 4, RULES, rng), RULES) for c in ("mass", "ca", *8 * ["random"]))
+    assert mass > ca and mass > np.mean(random), (mass, ca, random)
 
 
 def test_center_is_the_mean_in_the_order_of_the_index(rng):
@@ -336,7 +337,7 @@ def test_same_seed_same_result(tmp_path):
 def test_dense_layers_and_defaults(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=3, head_size=96, n_head=2))
     assert run(model) == 0
-    assert stored(model)["n_tip"] == [16] * 3  # one layer in fifteen would be none
+    assert stored(model)["n_tip"] == [24] * 3  # one layer in fifteen would be none
     for n_dense in (1, 2, 9):  # one layer at least is left to FASA
         assert run(model, "--dense-layers", str(n_dense)) == 0
         assert stored(model)["n_tip"].count(0) == min(n_dense, 2)
@@ -352,7 +353,7 @@ def test_target_kld_stores_the_smallest_budget_that_meets_it(tmp_path, capsys):
     found = re.search(r"no budget up to 128 .* within 1e-12: it is (\S+) at (\d+)", capsys.readouterr().err)
     assert found and float(found[1]) > 1e-6
     assert model.read_bytes() == before
-    assert run(model, "--target-kld", str(1.01 * float(found[1])), "--sidecar") == 0
+    assert run(model, "--target-kld", str(1.1 * float(found[1])), "--sidecar") == 0
     assert stored(model.with_suffix(".fasa.gguf"))["budget"] == int(found[2])
     assert run(model, "--target-kld", "1", "--store-budget", "64") == 1
     assert "both name a budget" in capsys.readouterr().err
@@ -368,7 +369,7 @@ def test_the_worst_layers_stay_dense():
 def test_an_invalid_calibration_can_be_replaced(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", extra={"fasa.version": 1, "fasa.n_tip": [99]})
     assert run(model) == 0
-    assert stored(model)["n_tip"] == [16] * 4
+    assert stored(model)["n_tip"] == [8] * 4
 
 
 def fails(capsys, model, *args, **kwargs):

@@ -13,7 +13,7 @@ from fasa_calibrate.observe import Model
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-RULES, N_TIP, N_TOKENS, N_QUERY = Rules(budget=48, n_sink=2, n_recent=6), 3, 400, 8
+RULES, N_TIP, N_TOKENS, N_QUERY = Rules(budget=48, n_sink=2, n_recent=6), 6, 400, 8
 SIZES = dict(
     vocab_size=320, intermediate_size=96, max_position_embeddings=2048, tie_word_embeddings=False, hidden_size=64,
     num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
@@ -68,27 +68,25 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def greedy(q, k, positions):
-    """The FCs of one KV head, chosen one by one for the mass that they capture; q: [R, N, D], k: [N, D]."""
+def captured(q, k, positions, fcs):
+    """The dense mass that tokens selected by fcs capture; q: [R, N, D], k: [N, D]."""
     d = k.shape[1]
+    dims = [dim for fc in fcs for dim in (fc, fc + d // 2)]  # pairs as transformers has them
+    mass = 0.0
+    for t in positions:
+        rank = softmax(q[:, t, dims] @ k[: t + 1, dims].T / np.sqrt(d)).sum(axis=0)
+        rank[: RULES.n_sink] = rank[t + 1 - RULES.n_recent :] = np.inf
+        kept = np.argsort(-rank, kind="stable")[: RULES.budget]
+        mass += softmax(q[:, t] @ k[: t + 1].T / np.sqrt(d))[:, kept].sum()
+    return mass
 
-    def scores(dims, t):
-        return q[:, t, dims] @ k[: t + 1, dims].T / np.sqrt(d)
 
-    def captured(fcs):
-        dims = [dim for fc in fcs for dim in (fc, fc + d // 2)]  # pairs as transformers has them
-        mass = 0.0
-        for t in positions:
-            rank = softmax(scores(dims, t)).sum(axis=0)
-            rank[: RULES.n_sink] = rank[t + 1 - RULES.n_recent :] = np.inf
-            kept = np.argsort(-rank, kind="stable")[: RULES.budget]
-            mass += softmax(scores(slice(None), t))[:, kept].sum()
-        return mass
-
-    chosen = []
-    for _ in range(N_TIP):
-        chosen.append(max((fc for fc in range(d // 2) if fc not in chosen), key=lambda fc: captured([*chosen, fc])))
-    return sorted(chosen)
+def dropped_one_by_one(q, k, positions, n_tip):
+    """The FCs of one KV head that are left after dropping those without which the others capture most."""
+    chosen = list(range(k.shape[1] // 2))
+    while len(chosen) > n_tip:
+        chosen.remove(max(chosen, key=lambda fc: captured(q, k, positions, [c for c in chosen if c != fc])))
+    return chosen
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -109,8 +107,13 @@ def test_the_same_fcs_from_transformers_weights(tmp_path, rng, monkeypatch, kind
         result = calibrate(loaded, "", options, n_threads=2)
     assert len(positions) == N_QUERY and sorted(result.fcs) == MODELS[kind][2]
 
-    seen = rotated_q_and_k(model, tokens, monkeypatch)
+    seen, same = rotated_q_and_k(model, tokens, monkeypatch), []
     for layer in result.fcs:
         q, k = seen[layer]
         for head, fcs in enumerate(result.fcs[layer]):
-            assert fcs == greedy(q[2 * head : 2 * head + 2], k[head], positions), f"layer {layer}, KV head {head}"
+            group = q[2 * head : 2 * head + 2], k[head], positions
+            expected = dropped_one_by_one(*group, N_TIP)
+            same.append(fcs == expected)
+            # llama.cpp's K is rounded, so that a step may decide a near tie otherwise
+            assert captured(*group, fcs) >= 0.99 * captured(*group, expected), f"layer {layer}, KV head {head}"
+    assert sum(same) >= len(same) - 1, "more than a near tie"

@@ -119,7 +119,7 @@ def same(actual, expected):
 
 
 def test_no_index_within_the_budget(fasa, text):
-    """Nothing is indexed until a step sees more cells than the budget; that step finds all of them, and writes go on."""
+    """Nothing is indexed until a step sees more cells than the budget; that step finds all of them."""
     count = native.ggml()[1].ggml_fasa_cpu_n_index_write
     tokens, ctx = text(STEPS), fasa()
     before = count()

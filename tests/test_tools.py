@@ -1,5 +1,6 @@
 """The developer programs that measure: on tiny models and on rows made up here."""
 
+import argparse
 import json
 import random
 import subprocess
@@ -266,27 +267,57 @@ def test_agreement_ends_at_the_first_difference():
 
 
 def test_soak(bin_dir, calibrated, tmp_path):
-    """A short one, with both kinds of cache; and one whose bar no answer can reach."""
+    """A short one, with both kinds of cache and without FASA; and one whose bar no answer can reach."""
     out = tmp_path / "rows.jsonl"
-    args = [calibrated, "--minutes", 0.3, "--prompts", 1, "--llama-server", bin_dir / "llama-server", "--out", out]
+    args = [calibrated, "--minutes", 0.3, "--dense-minutes", 0.1, "--prompts", 1]
+    args += ["--llama-server", bin_dir / "llama-server", "--out", out]
     done = run("soak.py", *args)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["cache"] for row in rows] == ["unified", "streams"]
+    assert [(row["cache"], row["budget"]) for row in rows] == [("unified", 512), ("streams", 512), ("unified", 0)]
     for row in rows:
-        assert row["errors"] == [] and row["n_step_sparse"] > 0 and row["share_sparse"] > 0
+        assert row["errors"] == [] and (row["share_sparse"] > 0) == (row["budget"] > 0)
         assert sum(row["requests"].values()) > 0 and row["memory_mib"]["start"] > 0
+        assert row["n_shifted"] == row["requests"].get("shift", 0)
     done = run("soak.py", *args, "--least-agreement", 1.1)
     assert done.returncode == 1 and "answers agree" in done.stderr, done.stderr
 
 
 def test_upstream_table():
     rows = [
-        ("ops", "test-a", "passed", "", ""),
-        ("ops", "test-b", "failed", "exit 1", "failed"),
-        ("server", "test_c", "failed", "exit 1", "passed"),
-        ("server", "test_d", "not run", "needs a download", ""),
+        ("ops", "test-a", "passed", "7/7 tests passed", "", "c1"),
+        ("ops", "test-b", "failed", "exit 1", "failed", "c1"),
+        ("server", "test_c", "failed", "exit 1", "passed", "c2"),
+        ("server", "test_d", "not run", "needs a download", "", "c2"),
     ]
-    assert "| ops | 2 | 1 | 1 | 1 | 0 |" in upstream_tests.table(rows)
-    assert "| server | 2 | 0 | 1 | 0 | 1 |" in upstream_tests.table(rows)
-    assert "`test_d`" in upstream_tests.page(rows).split("## Not run")[1]
+    page = upstream_tests.page(rows)
+    assert "| ops | 2 | 1 | 1 | 1 | 0 |" in page and "| server | 2 | 0 | 1 | 0 | 1 |" in page
+    assert "- `test-a`: passed, 7/7 tests passed\n" in page and "commit c1, c2," in page
+    assert "`test_d`" in page.split("## Not run")[1]
+
+
+def test_upstream_run_goes_on(tmp_path, monkeypatch):
+    """What ended is kept; what did not end, runs; what failed runs unpatched, once; parts add up."""
+    ran = []
+
+    def unit(name, result):
+        return "ops", lambda build, tests: ran.append((build.name, name, tests)) or {name: (result, "")}
+
+    units = {"one": unit("one", "passed"), "two": unit("two", "not run"), "three": unit("three", "failed")}
+    monkeypatch.setattr(upstream_tests, "units", lambda args: units)
+    patched, unpatched = tmp_path, tmp_path / "unpatched"
+    first, second, third = ((patched.name, name, None) for name in units)
+    again = ("unpatched", "three", ["three"])
+    for only, other, force, expected in [
+        ("^o", None, False, [first]),
+        ("", None, False, [second, third]),
+        ("t", unpatched, False, [second, again]),
+        ("", unpatched, False, [second]),
+        ("one", unpatched, True, [first]),
+    ]:
+        ran.clear()
+        args = argparse.Namespace(build=patched, unpatched=other, only=only, again=force)
+        rows = [row[1:5] for row in upstream_tests.run_all(args) if row[0] == "ops"]
+        assert ran == expected
+    assert [row[:2] for row in rows] == [("one", "passed"), ("two", "not run"), ("three", "failed")]
+    assert rows[2][3] == "failed"

@@ -2,20 +2,26 @@
 
 Clients, more than slots, send short and long prompts, hang up in the middle of answers, generate beyond the context
 (context shift), and save, erase and restore slots, all at once; first with a unified KV cache, then with a stream for
-each slot. Sampling is greedy. Every answer is compared with the dense one to the same prompt, and with the one that
-the server gave before, when it was quiet: the agreement is the share of tokens before the first difference. The text
-being its own, a later difference says nothing more. Other batches round in other ways, so agreement is not 1 with a
-dense server either.
+each slot, then, for comparison, without FASA. Sampling is greedy. Every answer is compared with the dense one to the
+same prompt, and with the one that the server gave before, when it was quiet: the agreement is the share of tokens
+before the first difference. The text being its own, a later difference says nothing more. Other batches round in other
+ways, so agreement is not 1 with a dense server either.
+
+A client waits until the slot that it wants is free: the pinned llama-server, asked for a slot that is at work, puts
+another prompt from its prompt cache into it.
 
 A run fails if a request fails, if the server ends, if no step was sparse, or if the mean agreement of one kind of
-answers is below --least-agreement. Prints one JSON line for each kind of cache. Memory is the server's resident set:
-after every prompt was seen once, in the middle, and at the end.
+answers is below --least-agreement. Prints one JSON line for each run. Memory is the server's resident set: after every
+prompt was seen once, in the middle, and at the end. With LLAMA_FASA_VERIFY=1 in the environment the server checks its
+index after every step.
 """
 
 import argparse
 import collections
+import contextlib
 import http.client
 import json
+import os
 import pathlib
 import random
 import re
@@ -24,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
 from machine import emit, find_tool, row
 
@@ -34,7 +41,7 @@ N_CTX_SLOT = 2048
 N_ANSWER = 16
 CACHE_RAM_MIB = 256  # what the prompt cache may add to the server's memory
 # how often each kind of request is made
-WEIGHTS = {"short": 6, "long": 6, "cancel": 4, "restore": 3, "shift": 1}
+WEIGHTS = {"short": 6, "long": 6, "cancel": 4, "restore": 3, "shift": 2}
 
 
 def cut(start, n):
@@ -77,6 +84,10 @@ class Server:
         self.process.kill()
         raise SystemExit(f"error: llama-server did not start:\n{self.log.read_text(errors='replace')[-2000:]}")
 
+    def get(self, path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=900) as response:
+            return json.load(response)
+
     def post(self, path, body, hang_up_after=None):
         """The answer to a request; hang_up_after: ends the connection after so many lines of a stream, returns None."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)
@@ -108,9 +119,11 @@ class Server:
         status = self.process.wait(120)
         if status != 0:
             raise SystemExit(f"error: llama-server ended with {status}: {self.log.read_text(errors='replace')[-2000:]}")
-        found = re.findall(r"fasa: (\d+) decode steps sparse.*?, (\d+) dense .*?, (\d+) prefill .*?rebuilt (\d+)",
-                           self.log.read_text(errors="replace"))  # fmt: skip
-        names = ("n_step_sparse", "n_step_dense", "n_step_prefill", "n_index_rebuild")
+        found = re.findall(
+            r"fasa: (\d+) decode steps sparse, (\d+) with .*?, (\d+) dense .*?, (\d+) prefill .*?rebuilt (\d+)",
+            self.log.read_text(errors="replace"),
+        )
+        names = ("n_step_sparse", "n_step_mixed", "n_step_dense", "n_step_prefill", "n_index_rebuild")
         return dict(zip(names, map(int, found[-1]))) if found else {}
 
 
@@ -131,7 +144,7 @@ class Soak:
         self.agreements = collections.defaultdict(list)
         self.errors = []
         self.n_shifted = 0
-        self.restore_lock = threading.Lock()
+        self.slots = [threading.Lock() for _ in range(N_SLOT)]
 
     def check(self, kind, answer, name, n=N_ANSWER, before=()):
         """Compares n tokens with those of each reference that has said what was said before."""
@@ -145,44 +158,55 @@ class Soak:
     def choose(self, rng, kind):
         return rng.choice([name for name in self.texts if name.startswith(kind)])
 
+    @contextlib.contextmanager
     def slot(self, rng):
-        """A slot for whoever does not restore: the last one is kept for that, or others would write into it meanwhile."""
-        return rng.randrange(N_SLOT - 1)
+        """The number of a slot that nobody else will use meanwhile."""
+        number = rng.randrange(N_SLOT)
+        with self.slots[number]:
+            yield number
+
+    def answer(self, rng, kind):
+        name = self.choose(rng, kind)
+        with self.slot(rng) as slot:
+            self.check(kind, self.server.complete(self.texts[name], id_slot=slot), name)
 
     def short(self, rng):
-        name = self.choose(rng, "short")
-        self.check("short", self.server.complete(self.texts[name], id_slot=self.slot(rng)), name)
+        self.answer(rng, "short")
 
     def long(self, rng):
-        name = self.choose(rng, "long")
-        self.check("long", self.server.complete(self.texts[name], id_slot=self.slot(rng)), name)
+        self.answer(rng, "long")
 
     def cancel(self, rng):
-        name = rng.choice(list(self.texts))
-        body = {"prompt": self.texts[name], "n_predict": 200, "stream": True, "ignore_eos": True, "id_slot": self.slot(rng)}
-        self.server.post("/completion", body, hang_up_after=rng.randrange(20))
+        body = {"prompt": rng.choice(list(self.texts.values())), "n_predict": 200, "stream": True, "ignore_eos": True}
+        with self.slot(rng) as slot:
+            self.server.post("/completion", {**body, "id_slot": slot}, hang_up_after=rng.randrange(20))
+            while self.server.get("/slots")[slot]["is_processing"]:
+                time.sleep(0.1)
 
     def shift(self, rng):
         """A prompt that nearly fills the context of a slot, and an answer that does not fit the rest."""
         tokens = self.server.post("/tokenize", {"content": cut(rng.randrange(len(TEXT)), len(TEXT))})["tokens"]
         n = N_CTX_SLOT - 100
-        answer = self.server.complete(tokens[:n], 160, id_slot=self.slot(rng))
-        if len(answer["tokens"]) != 160:
-            raise RuntimeError(f"{len(answer['tokens'])} tokens of 160 after a prompt of {n}")
+        with self.slot(rng) as slot:
+            answer = self.server.complete(tokens[:n], 160, id_slot=slot)
+        if len(answer["tokens"]) != 160 or not answer["truncated"]:
+            raise RuntimeError(f"{len(answer['tokens'])} tokens of 160 after a prompt of {n}, no context shift")
         with self.lock:
-            self.n_shifted += bool(answer["truncated"])
+            self.n_shifted += 1
 
     def restore(self, rng):
         """Half of an answer, and the other half after the slot was saved, erased and restored."""
-        slot, name, half = N_SLOT - 1, self.choose(rng, "long"), N_ANSWER // 2
-        file = {"filename": f"slot-{slot}.bin"}
-        with self.restore_lock:
-            first = self.server.complete(self.texts[name], half, id_slot=slot)
+        name, half = self.choose(rng, "long"), N_ANSWER // 2
+        tokens = self.server.post("/tokenize", {"content": self.texts[name], "add_special": True})["tokens"]
+        with self.slot(rng) as slot:
+            file = {"filename": f"slot-{slot}.bin"}
+            first = self.server.complete(tokens, half, id_slot=slot)
             self.check("long", first, name, half)
-            tokens = self.server.post("/tokenize", {"content": self.texts[name], "add_special": True})["tokens"]
             self.server.post(f"/slots/{slot}?action=save", file)
             self.server.post(f"/slots/{slot}?action=erase", {})
-            self.server.post(f"/slots/{slot}?action=restore", file)
+            n = self.server.post(f"/slots/{slot}?action=restore", file)["n_restored"]
+            if n < len(tokens):
+                raise RuntimeError(f"{n} tokens restored of {len(tokens)}")
             rest = self.server.complete(tokens + first["tokens"], N_ANSWER - half, id_slot=slot)
             self.check("restored", rest, name, N_ANSWER - half, first["tokens"])
 
@@ -218,17 +242,20 @@ class Soak:
 
 
 def table(rows):
-    """Markdown: a line for each kind of cache."""
+    """Markdown: a line for each run."""
     lines = [
-        "| cache | minutes | requests | errors | context shifts | MiB, start, middle, end | steps sparse | agreement |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cache | budget | verified | minutes | requests | errors | context shifts | MiB, start, middle, end "
+        "| steps sparse | agreement |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        requests = ", ".join(f"{n} {kind}" for kind, n in sorted(r["requests"].items()))
         memory = ", ".join(str(r["memory_mib"][when]) for when in ("start", "middle", "end"))
         agreement = "; ".join(f"{kind} {mean:.2f} ({r['n_compared'][kind]})" for kind, mean in r["agreement"].items())
         lines.append(
-            f"| {r['cache']} | {r['minutes']:g} | {sum(r['requests'].values())} | {len(r['errors'])} | {r['n_shifted']} | "
-            f"{memory} | {100 * r['share_sparse']:.0f} % | {agreement} |"
+            f"| {r['cache']} | {r['budget'] or 'off'} | {'yes' if r['verify'] and r['budget'] else 'no'} "
+            f"| {r['minutes']:g} | {sum(r['requests'].values())}: {requests} | {len(r['errors'])} | {r['n_shifted']} "
+            f"| {memory} | {100 * r['share_sparse']:.0f} % | {agreement} |"
         )
     return "\n".join(lines)
 
@@ -236,7 +263,8 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a calibrated GGUF file")
-    parser.add_argument("--minutes", type=float, default=20, help="for both kinds of cache together (default: 20)")
+    parser.add_argument("--minutes", type=float, default=20, help="with FASA, half for each cache (default: 20)")
+    parser.add_argument("--dense-minutes", type=float, default=5, help="without FASA, unified cache (default: 5)")
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=8, help="of each length (default: 8)")
@@ -258,34 +286,38 @@ def main():
         texts = prompts(args.prompts)
         expected = {name: dense.complete(text)["tokens"] for name, text in texts.items()}
         dense.stop()
-        caches = {
-            "unified": ["--kv-unified", "--kv-unified-per-slot", str(N_CTX_SLOT)],
-            "streams": ["--no-kv-unified"],
-        }
-        for cache, options in caches.items():
-            fasa = ["--fasa", "on", "--fasa-budget", str(args.budget)]
-            server = Server(program, [*common, *options, *fasa], folder / f"{cache}.log")
+        unified, streams = ["--kv-unified", "--kv-unified-per-slot", str(N_CTX_SLOT)], ["--no-kv-unified"]
+        runs = [
+            ("unified", unified, args.budget, args.minutes / 2),
+            ("streams", streams, args.budget, args.minutes / 2),
+            ("unified", unified, 0, args.dense_minutes),
+        ]
+        for cache, options, budget, minutes in runs:
+            fasa = ["--fasa", "on", "--fasa-budget", str(budget)] if budget else ["--fasa", "off"]
+            server = Server(program, [*common, *options, *fasa], folder / f"{cache}-{budget}.log")
             soak = Soak(server, texts, expected, args.seed)
-            memory = soak.run(args.minutes * 60 / len(caches), args.clients)
+            memory = soak.run(minutes * 60, args.clients)
             steps = server.stop()
-            means = {kind: sum(values) / len(values) for kind, values in soak.agreements.items()}
-            n_decode = steps["n_step_sparse"] + steps["n_step_dense"]
+            means = {kind: sum(values) / len(values) for kind, values in sorted(soak.agreements.items())}
+            n_sparse = steps.get("n_step_sparse", 0) + steps.get("n_step_mixed", 0)
+            n_decode = n_sparse + steps.get("n_step_dense", 0)
+            share = n_sparse / n_decode if n_decode else 0
             emit(
                 row(
-                    "soak", args.model, cache=cache, n_slot=N_SLOT, n_ctx_slot=N_CTX_SLOT, budget=args.budget,
-                    clients=args.clients, threads=args.threads, seed=args.seed, minutes=args.minutes / len(caches),
-                    requests=dict(soak.requests), errors=soak.errors, n_shifted=soak.n_shifted,
-                    agreement={kind: round(mean, 3) for kind, mean in means.items()},
-                    n_compared={kind: len(values) for kind, values in soak.agreements.items()},
-                    memory_mib=dict(zip(("start", "middle", "end"), memory)), **steps,
-                    share_sparse=round(steps["n_step_sparse"] / n_decode, 3) if n_decode else 0,
+                    "soak", args.model, cache=cache, n_slot=N_SLOT, n_ctx_slot=N_CTX_SLOT, budget=budget,
+                    verify=os.environ.get("LLAMA_FASA_VERIFY", "0") != "0", clients=args.clients, threads=args.threads,
+                    seed=args.seed, minutes=minutes, requests=dict(soak.requests), errors=soak.errors,
+                    n_shifted=soak.n_shifted, agreement={kind: round(mean, 3) for kind, mean in means.items()},
+                    n_compared={kind: len(values) for kind, values in sorted(soak.agreements.items())},
+                    memory_mib=dict(zip(("start", "middle", "end"), memory)), **steps, share_sparse=round(share, 3),
                 ),
                 args.out,
             )  # fmt: skip
-            failures += [f"{cache}: {error}" for error in soak.errors]
-            failures += [f"{cache}: answers agree {v:.2f} ({k})" for k, v in means.items() if v < args.least_agreement]
-            if not steps["n_step_sparse"]:
-                failures.append(f"{cache}: no step was sparse")
+            what = f"{cache}, budget {budget}"
+            failures += [f"{what}: {error}" for error in soak.errors]
+            failures += [f"{what}: answers agree {v:.2f} ({k})" for k, v in means.items() if v < args.least_agreement]
+            if budget and not share:
+                failures.append(f"{what}: no step was sparse")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

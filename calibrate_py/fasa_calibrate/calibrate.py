@@ -11,6 +11,7 @@ from .criteria import CHOOSE, Group, Quality, Rules, quality
 from .errors import CalibrateError
 
 DENSE_SHARE = 15
+TIP_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Options:
     """What decides the result, for a given model and text."""
 
     criterion: str = "mass"
-    n_tip: int = 16  # or all FCs of a head that has fewer
+    n_tip: Optional[int] = None  # or all FCs of a head that has fewer; None: head size / TIP_SHARE
     rules: Rules = field(default_factory=Rules)
     n_ctx: int = 4096
     n_query: int = 32
@@ -103,7 +104,8 @@ def _choose_layer(attention, positions, options, pool):
         raise CalibrateError(f"layer {attention.layer} rotates {attention.n_rot} dims, which is not supported")
     n_head_kv = len(attention.k)
     n_group = attention.q.shape[1] // n_head_kv
-    n_tip = min(options.n_tip, attention.n_rot // 2)
+    # in 4 bits an index of that many is just below 1/14 of f16 K and V, whatever the head size
+    n_tip = min(options.n_tip or attention.k.shape[-1] // TIP_SHARE, attention.n_rot // 2)
 
     def choose(head):
         heads = slice(head * n_group, (head + 1) * n_group)

@@ -9,7 +9,7 @@ from importlib import resources
 from tqdm import tqdm
 
 from . import __version__
-from .calibrate import DENSE_SHARE, Options, calibrate, sha256_text
+from .calibrate import DENSE_SHARE, TIP_SHARE, Options, calibrate, sha256_text
 from .criteria import CRITERIA, Rules
 from .errors import CalibrateError
 from .gguf_file import read_gguf, read_parts
@@ -52,7 +52,8 @@ def build_parser():
     add("--criterion", choices=CRITERIA, default=options.criterion,
         help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
         " paper's contextual agreement; random, a control (default: %(default)s)")
-    add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip, help="FCs per head (default: %(default)s)")
+    add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip,
+        help=f"FCs per head (default: the head size divided by {TIP_SHARE})")
     add("--n-ctx", type=integer(1), metavar="N", default=options.n_ctx,
         help="most tokens of the text to use (default: %(default)s)")
     add("--n-query", type=integer(1), metavar="N", default=options.n_query,

@@ -10,6 +10,7 @@ import numpy as np
 
 CRITERIA = ("mass", "overlap", "error", "ca", "random")
 RECALL_BUDGETS = (64, 128, 256, 512, 1024)
+DROP_SHARE = 32  # a step drops at most one in so many FCs
 
 
 @dataclass(frozen=True)
@@ -156,22 +157,23 @@ def quality(group, fcs, rules):
 
 
 def choose_greedily(group, n_tip, gain):
-    """Forward selection: FCs are added one by one, each time the one with which gain is largest.
+    """Backward elimination: of all FCs those are dropped, step by step, without which gain is largest.
 
-    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. Every step looks at all FCs
-    that are left: some are of no use but with others, and to look only at those that did well before costs quality.
+    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. To add FCs one by one to none
+    is worse: some are of use only together, so that the first choices are all but blind.
     """
     queries = range(len(group.positions))
     fc = [group.fc_scores(i) for i in queries]
-    tip = [np.zeros_like(f[0]) for f in fc]
-    chosen, rest = [], list(range(group.n_fc))
-    while len(chosen) < n_tip:
-        gains = sum(gain(i, fc[i][rest] + tip[i]) for i in queries)
-        best = rest.pop(int(np.argmax(gains)))
-        chosen.append(best)
+    tip = [f.sum(axis=0) for f in fc]
+    chosen = np.arange(group.n_fc)
+    while len(chosen) > n_tip:
+        gains = sum(gain(i, tip[i] - fc[i][chosen]) for i in queries)
+        n = min(len(chosen) - n_tip, max(1, len(chosen) // DROP_SHARE))
+        worst = np.argsort(-gains, kind="stable")[:n]
         for i in queries:
-            tip[i] += fc[i][best]
-    return sorted(chosen)
+            tip[i] -= fc[i][chosen[worst]].sum(axis=0)
+        chosen = np.delete(chosen, worst)
+    return chosen.tolist()
 
 
 def _free(group, rules):

@@ -23,6 +23,15 @@
 
 namespace fasa {
 
+// Asks for the cache line at p, which may lie beyond what is allocated.
+inline void prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void) p;
+#endif
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
 constexpr int W = 16;

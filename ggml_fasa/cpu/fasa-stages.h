@@ -15,6 +15,9 @@ struct mask_row {
     bool hidden(int64_t t) const;
     bool forced(int64_t t) const;
 
+    // whether cells [t0, t0 + n) are all neither hidden nor forced; false where n is no number of whole tiles
+    bool plain(int64_t t0, int64_t n) const;
+
     // what a whole tile is: lets the kernels skip per-cell tests
     enum tile_kind { ALL_PLAIN, ALL_HIDDEN, MIXED };
     tile_kind kind(int64_t t0, int64_t n) const;

@@ -28,13 +28,14 @@ bool mask_row::forced(int64_t t) const {
     return f16 ? ((const uint16_t *) data)[t] == F16_NEG0 : bits32(data, t) == F32_NEG0;
 }
 
-// Whether a tile's worth of mask bits is zero throughout.
-template <typename T>
-static bool all_zero(const void * data, int64_t t0) {
-    uint64_t any = 0;
-    for (size_t i = 0; i < TILE*sizeof(T); i += sizeof(uint64_t)) {
+bool mask_row::plain(int64_t t0, int64_t n) const {
+    const size_t size = f16 ? sizeof(uint16_t) : sizeof(float);
+    const char * row  = (const char *) data + t0*size;
+
+    uint64_t any = n % TILE; // only whole tiles, which are whole words
+    for (size_t i = 0; i < (n - n % TILE)*size; i += sizeof(uint64_t)) {
         uint64_t word;
-        memcpy(&word, (const char *) data + t0*sizeof(T) + i, sizeof(word));
+        memcpy(&word, row + i, sizeof(word));
         any |= word;
     }
     return any == 0;
@@ -42,21 +43,25 @@ static bool all_zero(const void * data, int64_t t0) {
 
 mask_row::tile_kind mask_row::kind(int64_t t0, int64_t n) const {
     // nearly every tile is plain: see to that first
-    if (n == TILE && (f16 ? all_zero<uint16_t>(data, t0) : all_zero<float>(data, t0))) {
+    if (plain(t0, n)) {
         return ALL_PLAIN;
     }
-    bool plain = true;
-    bool hide  = true;
+    bool none = true;
+    bool hide = true;
     for (int64_t t = t0; t < t0 + n; ++t) {
-        plain &= !hidden(t) && !forced(t);
-        hide  &=  hidden(t);
+        none &= !hidden(t) && !forced(t);
+        hide &=  hidden(t);
     }
-    return plain ? ALL_PLAIN : hide ? ALL_HIDDEN : MIXED;
+    return none ? ALL_PLAIN : hide ? ALL_HIDDEN : MIXED;
 }
 
 // Heads that one pass over a tile serves: their accumulators stay in registers.
 static constexpr int MAX_HEADS = 4;
 static constexpr int NV        = 2; // vectors of cells per pass
+
+// How far ahead of the values at work memory is asked for more of them, a page of 4 KiB, where hardware stops to do so itself.
+// An index of integers takes more work for its bytes and does not wait for them.
+static constexpr int64_t PREFETCH = 2048;
 
 static_assert(TILE % (NV*W) == 0, "a tile is a whole number of passes");
 
@@ -77,6 +82,7 @@ static void tip_tile_f16(const float * query, int64_t n_dim, const char * tile, 
             for (int i = 0; i < NV; ++i) {
                 k[i] = load((const ggml_fp16_t *) tile + j*TILE + c + i*W);
             }
+            prefetch((const ggml_fp16_t *) tile + j*TILE + c + PREFETCH);
             for (int h = 0; h < NH; ++h) {
                 const vec qj = splat(query[h*size + j]);
                 for (int i = 0; i < NV; ++i) {
@@ -197,10 +203,11 @@ void tip_chunk(
     const int64_t t1 = std::min(n_kv, t0 + TIP_CHUNK);
     const int64_t te = t0 + GGML_PAD(t1 - t0, TILE);
 
+    const bool plain = mask.plain(t0, t1 - t0);
     for (int64_t t = t0; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
-        const mask_row::tile_kind kind = mask.kind(t, n);
+        const mask_row::tile_kind kind = plain ? mask_row::ALL_PLAIN : mask.kind(t, n);
         if (kind != mask_row::ALL_HIDDEN) {
             tip_tile_heads(query, n_group, index.n_dim, index.type, index.tile(t/TILE), weight + t, stride);
         }
@@ -266,9 +273,11 @@ void tip_combine(
         const float * weight, int64_t stride, int64_t n_group, const float * factor, mask_row mask, int64_t n_kv,
         int64_t chunk, float * scores) {
     const float * f  = factor + chunk*n_group;
-    const int64_t t1 = std::min(n_kv, (chunk + 1)*TIP_CHUNK);
+    const int64_t t0 = chunk*TIP_CHUNK;
+    const int64_t t1 = std::min(n_kv, t0 + TIP_CHUNK);
 
-    for (int64_t t = chunk*TIP_CHUNK; t < t1; t += TILE) {
+    const bool plain = mask.plain(t0, t1 - t0);
+    for (int64_t t = t0; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
         for (int64_t i = t; i < t + TILE; i += W) {
@@ -278,7 +287,7 @@ void tip_combine(
             }
             store(scores + i, s);
         }
-        if (mask.kind(t, n) != mask_row::ALL_PLAIN) {
+        if (!plain && mask.kind(t, n) != mask_row::ALL_PLAIN) {
             for (int64_t i = t; i < t + n; ++i) {
                 if (mask.hidden(i)) {
                     scores[i] = -INFINITY;

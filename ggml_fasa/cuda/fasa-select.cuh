@@ -10,7 +10,7 @@
 
 namespace fasa {
 
-constexpr int SHARE = 4; // 1 << SHARE neighbouring cells belong to one block: few, as what is selected lies together
+constexpr int SHARE = 7; // 1 << SHARE neighbouring cells belong to one block
 
 constexpr int FAC_THREAD = 512;
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
