@@ -6,7 +6,7 @@
 
 LLAMA_CPP: the source tree, for its tests of the server's API, which need what tools/server/tests/requirements.txt in it
 names; model.gguf: a small calibrated model, stands for the models that the tests would download. The server's tests run
-as they are, and those that decode once more, with FASA and LLAMA_FASA_VERIFY=1. With --unpatched BUILD, a build of the
+without FASA, and those that decode once more, with FASA and LLAMA_FASA_VERIFY=1. With --unpatched BUILD, a build of the
 same tree without our patches, what failed is run there too.
 
 It takes hours. What came to its end is kept in BUILD/upstream-tests.json and not run again, so that a run that was
@@ -60,7 +60,7 @@ DOWNLOADS = [("options", "test-arg-parser"), ("files", "test-gguf-model-data"), 
 DECODING = "completion ctx_shift embedding infill kv_keep_only_active metrics rerank slot_save speculative".split()
 # areas of the server's tests: the server's environment, its test files
 SERVER = {
-    "server": ({}, ["test_*.py"]),
+    "server": ({"LLAMA_ARG_FASA": "off"}, ["test_*.py"]),
     "server with FASA": (
         {"LLAMA_ARG_FASA_BUDGET": "64", "LLAMA_FASA_VERIFY": "1"},
         [f"test_{name}.py" for name in DECODING],
