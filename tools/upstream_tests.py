@@ -65,7 +65,7 @@ SERVER = {
         {"LLAMA_ARG_FASA_BUDGET": "64", "LLAMA_FASA_VERIFY": "1"},
         [f"test_{name}.py" for name in DECODING],
     ),
-    "server without FASA": ({"LLAMA_ARG_FASA": "off"}, ["test_tool_call.py"]),  # parses what it sampled in long contexts
+    "server without FASA": ({"LLAMA_ARG_FASA": "off"}, ["test_tool_call.py"]),  # parses sampled text
 }
 
 
@@ -196,10 +196,10 @@ Written by `tools/upstream_tests.py`, which says how; commit {commits}, llama-cp
 {table(rows)}
 
 The server's tests expect the model stories260K and others from a hub. Here one other model takes their place, so those
-that compare a model's very words or its number of tokens fail on any tree. "server": the budget is what the model's file
-recommends, so that a test with a long context samples another text than without FASA. "server with FASA": a budget of 64
-and `LLAMA_FASA_VERIFY=1`, so that the index is checked after each step; few of these tests have more than the 256 cells
-above which steps are sparse.
+that compare a model's very words or its number of tokens fail on any tree. "server": the budget is what the model's
+file recommends, so that a test with a long context samples another text than without FASA. "server with FASA": a budget
+of 64 and `LLAMA_FASA_VERIFY=1`, so that the index is checked after each step; few of these tests have more than the
+256 cells above which steps are sparse.
 
 ## Programs
 
