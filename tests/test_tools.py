@@ -269,17 +269,17 @@ def test_agreement_ends_at_the_first_difference():
 def test_soak(bin_dir, calibrated, tmp_path):
     """A short one, with both kinds of cache and without FASA; and one whose bar no answer can reach."""
     out = tmp_path / "rows.jsonl"
-    args = [calibrated, "--minutes", 0.3, "--dense-minutes", 0.1, "--prompts", 1]
-    args += ["--llama-server", bin_dir / "llama-server", "--out", out]
-    done = run("soak.py", *args)
+    args = [calibrated, "--dense-minutes", 0.02, "--prompts", 1, "--llama-server", bin_dir / "llama-server", "--out", out]
+    # of this seed the five clients begin with the five kinds of requests
+    done = run("soak.py", *args, "--minutes", 0.04, "--clients", 5, "--seed", 27)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["cache"], row["budget"]) for row in rows] == [("unified", 512), ("streams", 512), ("unified", 0)]
     for row in rows:
         assert row["errors"] == [] and (row["share_sparse"] > 0) == (row["budget"] > 0)
-        assert sum(row["requests"].values()) > 0 and row["memory_mib"]["start"] > 0
-        assert row["n_shifted"] == row["requests"].get("shift", 0)
-    done = run("soak.py", *args, "--least-agreement", 1.1)
+        assert set(row["requests"]) == set(soak.WEIGHTS) and row["n_shifted"] == row["requests"]["shift"]
+        assert row["memory_mib"]["start"] > 0
+    done = run("soak.py", *args, "--minutes", 0.04, "--clients", 1, "--least-agreement", 1.1)
     assert done.returncode == 1 and "answers agree" in done.stderr, done.stderr
 
 

@@ -6,8 +6,8 @@
 
 LLAMA_CPP: the source tree, for its tests of the server's API, which need what tools/server/tests/requirements.txt in it
 names; model.gguf: a small calibrated model, stands for the models that the tests would download. The server's tests run
-as they are, and those that decode once more, with FASA and LLAMA_FASA_VERIFY=1. With --unpatched BUILD, a build of the
-same tree without our patches, what failed is run there too.
+with the budget that the model's file recommends, and some of them once more in other ways. With --unpatched BUILD, a
+build of the same tree without our patches, what failed is run there too.
 
 It takes hours. What came to its end is kept in BUILD/upstream-tests.json and not run again, so that a run that was
 stopped goes on, and can be made in parts: --only "test-backend-ops.*MUL_MAT", --only "^server:".
@@ -65,6 +65,7 @@ SERVER = {
         {"LLAMA_ARG_FASA_BUDGET": "64", "LLAMA_FASA_VERIFY": "1"},
         [f"test_{name}.py" for name in DECODING],
     ),
+    "server without FASA": ({"LLAMA_ARG_FASA": "off"}, ["test_tool_call.py"]),  # parses sampled text
 }
 
 
@@ -195,9 +196,10 @@ Written by `tools/upstream_tests.py`, which says how; commit {commits}, llama-cp
 {table(rows)}
 
 The server's tests expect the model stories260K and others from a hub. Here one other model takes their place, so those
-that compare a model's very words or its number of tokens fail on any tree. "server with FASA": a budget of 64 and
-`LLAMA_FASA_VERIFY=1`, so that the index is checked after each step; few of these tests have more than the 256 cells
-above which steps are sparse.
+that compare a model's very words or its number of tokens fail on any tree. "server": the budget is what the model's
+file recommends, so that a test with a long context samples another text than without FASA. "server with FASA": a budget
+of 64 and `LLAMA_FASA_VERIFY=1`, so that the index is checked after each step; few of these tests have more than the
+256 cells above which steps are sparse.
 
 ## Programs
 
