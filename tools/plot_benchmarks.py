@@ -11,6 +11,7 @@ import pathlib
 import re
 import statistics
 import sys
+import textwrap
 
 import bench_decode
 import bench_mapped
@@ -76,7 +77,8 @@ def subject(measured):
     model = measured.get("model", "").removesuffix(".gguf")
     if measured["kind"] == "quality":
         model = model.removesuffix(measured["variant"]).strip()  # a copy for each variant
-        return ", ".join(filter(None, (model, measured["text"], f"context {measured['ctx']}")))
+        weights = f"weights in {measured['weights']}" if measured.get("weights") else None
+        return ", ".join(filter(None, (model, weights, measured["text"], f"context {measured['ctx']}")))
     return model
 
 
@@ -113,7 +115,7 @@ def draw(path, title, xlabel, ylabel, panels, log=False):
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(ylabel)
     axes[0][-1].legend(fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle("\n".join(textwrap.wrap(title, 70 * len(panels))), fontsize="medium")
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
@@ -138,7 +140,7 @@ def quality_lines(rows):
     lines = {}
     for r in rows:
         lines.setdefault(r["variant"], []).extend((b, r["kl"]) for b in ([r["budget"]] if r["budget"] else budgets))
-    return {variant: points for variant, points in lines.items() if len(points) > 1}
+    return lines
 
 
 def stage_panels(rows):
@@ -159,7 +161,8 @@ def plot(chapter, rows):
         return name, (title, "cells in the cache", "us a step and layer", stage_panels(rows), True)
     if chapter == "Quality":
         lines = quality_lines(rows)
-        return (name, (title, "budget", "mean KL from dense", [("", lines)], True)) if len(lines) > 1 else None
+        several = len({r["budget"] for r in rows if r["budget"]}) > 1
+        return (name, (title, "budget", "mean KL from dense", [("", lines)], True)) if several else None
     lines = speed_lines(rows) if chapter == "Decode and prefill" else {}
     if any(len(points) > 1 for points in lines.values()):
         return name, (title, "depth, tokens in the cache", "tokens/s", [("decode", lines)])
