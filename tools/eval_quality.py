@@ -12,6 +12,7 @@ them.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -50,7 +51,7 @@ VARIANTS = {
     ),
     "paper": (
         "the paper's rule, but per KV group: a quarter of the FCs by contextual agreement, nothing forced, one layer dense",
-        ["--criterion", "ca", "--n-tip", "{quarter}", "--sink", "0", "--recent", "0", "--dense-layers", "1"],
+        ["--criterion", "ca", "--n-tip", "{quarter}", "--sink", "0", "--recent", "0", "--dense-layers", "{first}"],
         [*ON, "--fasa-sink", "0", "--fasa-recent", "0", "--fasa-index-type", "f16"],
     ),
     "index-f16": ("as the default, with an index in f16", [], [*ON, "--fasa-index-type", "f16"]),
@@ -106,8 +107,10 @@ def arguments(templates, **values):
     return [template.format(**values) for template in templates]
 
 
-def n_fc(model):
-    """FCs of a head, that of the first layer."""
+@functools.cache  # it takes seconds to read a large vocabulary
+def of_paper(model):
+    """What the paper's rule leaves to the model: a quarter of the FCs of a head, and how many layers are dense besides
+    those with a window."""
     from gguf import GGUFReader
 
     fields = GGUFReader(model).fields
@@ -117,7 +120,8 @@ def n_fc(model):
         return fields[f"{arch}.{name}"].contents() if f"{arch}.{name}" in fields else None
 
     head_size = get("attention.key_length") or get("embedding_length") // get("attention.head_count")
-    return (get("rope.dimension_count") or head_size) // 2
+    n_rot = get("rope.dimension_count") or head_size
+    return {"quarter": n_rot // 2 // 4, "first": 0 if get("attention.sliding_window") else 1}
 
 
 def table(rows):
@@ -171,7 +175,9 @@ def done(out):
 
 def settings_of(measured):
     """What a row is a measurement of."""
-    return [measured.get(k) for k in ("model", "weights", "text", "ctx", "chunks", "variant", "budget", "calibrate_args")]
+    return [
+        measured.get(k) for k in ("model", "weights", "text", "ctx", "chunks", "variant", "budget", "calibrate_args")
+    ]
 
 
 def plan(args):
@@ -211,7 +217,7 @@ def evaluate(args, model, work, tools):
         if settings_of(measured) in have:
             continue
         _, how, options = VARIANTS[variant]
-        values = {"budget": budget, "window": (budget or 0) - 5, "quarter": n_fc(model) // 4}
+        values = {"budget": budget, "window": (budget or 0) - 5, **of_paper(model)}
 
         command = [perplexity, "-m", model, "-f", args.text, "-c", str(ctx), "--chunks", str(args.chunks), "-fa", "on"]
         command += [
