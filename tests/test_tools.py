@@ -24,7 +24,7 @@ SHAPE = "--layers 3 --embd 128 --heads 6 --heads-kv 2 --head-size 64 --ff 96 --v
 
 def run(tool, *args):
     command = [sys.executable, str(TOOLS / tool), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
 
 
 def random_gguf(path, *args):
