@@ -63,7 +63,8 @@ static __device__ __forceinline__ int first_bin(int n_bin) {
 
 // The largest bin b with hist[b] + hist[b + 1] + ... >= need; above: the count beyond b. If all bins hold less than need, b is
 // -1. n: the counts from bin first on, of first_bin.
-static __device__ __forceinline__ void find_bin(const uint4 & n, int first, uint32_t need, select_shared & sh, int * bin, uint32_t * above) {
+static __device__ __forceinline__ void find_bin(
+        const uint4 & n, int first, uint32_t need, select_shared & sh, int * bin, uint32_t * above) {
     if (threadIdx.x == 0) {
         sh.result[0] = -1;
         sh.result[1] = 0;
@@ -130,7 +131,8 @@ static __device__ void select_count(const attn_args & a, const unit & u, int at_
         if (i < a.n_run && t < a.n_pad) {
 #pragma unroll
             for (int h = 0; h < HEADS; ++h) {
-                held[turn][h] = h < a.n_group ? *(const float4 *) (score + (size_t) h*a.n_pad + t) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                held[turn][h] = h < a.n_group ?
+                    *(const float4 *) (score + (size_t) h*a.n_pad + t) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             }
             four[turn].load(a, mask, t);
         }
@@ -220,7 +222,8 @@ static __device__ __forceinline__ void select_each(const attn_args & a, const ui
 }
 
 // The n_rest-th largest of a unit's candidates, digit by digit; all differ, since the cell is a part of them.
-static __device__ uint64_t select_least(const attn_args & a, const unit_sync * sync, const unsigned long long * cand, uint32_t n_rest, select_shared & sh) {
+static __device__ uint64_t select_least(
+        const attn_args & a, const unit_sync * sync, const unsigned long long * cand, uint32_t n_rest, select_shared & sh) {
     constexpr int DIGIT = 10;
     uint64_t least = 0;
 #pragma unroll 1

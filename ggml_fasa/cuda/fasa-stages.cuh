@@ -79,8 +79,8 @@ struct attn_args {
     int n_pad;    // n_kv rounded up to BAND
     int n_scan;   // blocks of tip for a unit
     int n_part;   // blocks of select and fac for a unit
-    int n_run;    // cells of one of them, every n_part-th stretch of 1 << share
-    int share;
+    int share;    // such a block owns every n_part-th stretch of 1 << share cells
+    int n_run;    // cells that it owns, those beyond n_pad included
     int key_len;  // keys that such a block keeps in shared memory, n_run; 0: in global memory
     int list_len; // selected cells that it keeps in shared memory, budget; 0: in global memory
     int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
