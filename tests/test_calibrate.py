@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from fasa_calibrate.calibrate import query_positions, worst_layers
 from fasa_calibrate.cli import build_parser, main
 from fasa_calibrate.criteria import CHOOSE, RECALL_BUDGETS, Group, Rules, fc_planes, quality, tip_rank, top_sum
 from fasa_calibrate.native import load_llama_cpp
-from fasa_calibrate.observe import Model
+from fasa_calibrate.observe import Model, _FasaParams
 from oracle import fasa_oracle as oracle
 from support.tiny_gguf import Shape, write_tiny_gguf
 
@@ -357,6 +358,13 @@ def test_target_kld_stores_the_smallest_budget_that_meets_it(tmp_path, capsys):
     assert stored(model.with_suffix(".fasa.gguf"))["budget"] == int(found[2])
     assert run(model, "--target-kld", "1", "--store-budget", "64") == 1
     assert "both name a budget" in capsys.readouterr().err
+
+
+def test_params_are_those_of_the_header():
+    root = Path(__file__).resolve().parent.parent
+    header = (root / "ggml_fasa" / "include" / "llama-fasa.h").read_text()
+    struct = re.search(r"^struct llama_fasa_params [{](.*?)^[}];", header, re.S | re.M)[1]
+    assert re.findall(r"^    (\w+) +(\w+);", struct, re.M) == [("int32_t", name) for name, _ in _FasaParams._fields_]
 
 
 def test_the_worst_layers_stay_dense():

@@ -328,7 +328,9 @@ class _FasaParams(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "variant", "budget_schedule")
+        for name in (
+            "mode", "budget", "n_sink", "n_recent", "max_batch", "index_type", "variant", "vram", "budget_schedule"
+        )
     ]
 
 
