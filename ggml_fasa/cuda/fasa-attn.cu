@@ -164,7 +164,7 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const auto & info = ggml_cuda_info().devices[ctx.device];
     const int n_band = a.n_pad/BAND;
     a.n_scan = std::clamp(3*info.nsm/per_pass, 1, (n_band + TIP_WARP - 1)/TIP_WARP);
-    a.n_part = std::clamp(info.nsm/per_pass, 1, std::min(MAX_PART, n_band));
+    a.n_part = info.supports_cooperative_launch ? std::clamp(info.nsm/per_pass, 1, std::min(MAX_PART, n_band)) : 1;
     a.share  = SHARE;
     a.n_run  = (((a.n_pad - 1) >> a.share)/a.n_part + 1) << a.share;
 
