@@ -39,6 +39,7 @@ TEXT = (ROOT / "calibrate_py" / "fasa_calibrate" / "calibration_text.txt").read_
 N_SLOT = 4
 N_CTX_SLOT = 2048
 N_ANSWER = 16
+SAVES = 20  # times that a slot is filled until its state is there to be saved
 CACHE_RAM_MIB = 256  # what the prompt cache may add to the server's memory
 # how often each kind of request is made
 WEIGHTS = {"short": 6, "long": 6, "cancel": 4, "restore": 3, "shift": 2}
@@ -200,9 +201,12 @@ class Soak:
         tokens = self.server.post("/tokenize", {"content": self.texts[name], "add_special": True})["tokens"]
         with self.slot(rng) as slot:
             file = {"filename": f"slot-{slot}.bin"}
-            first = self.server.complete(tokens, half, id_slot=slot)
-            self.check("long", first, name, half)
-            self.server.post(f"/slots/{slot}?action=save", file)
+            for _ in range(SAVES):
+                first = self.server.complete(tokens, half, id_slot=slot)
+                self.check("long", first, name, half)
+                # a unified cache that is full takes the cells of idle slots, and this one is idle now
+                if self.server.post(f"/slots/{slot}?action=save", file)["n_saved"] >= len(tokens):
+                    break
             self.server.post(f"/slots/{slot}?action=erase", {})
             n = self.server.post(f"/slots/{slot}?action=restore", file)["n_restored"]
             if n < len(tokens):
