@@ -1,9 +1,9 @@
-// GGML_OP_FASA_ATTN on CUDA: a kernel of tip, then one of select and fac.
+// GGML_OP_FASA_ATTN on CUDA: one kernel. It works on many units at a time, a unit being a KV group of one query row, and a
+// unit's blocks go through the stages together:
 //
-// Both work on many units at a time, a unit being a KV group of one query row:
-//
-//   tip         : index -> scores of all cells, for each head; softmax sums
-//   select, fac : scores -> keys -> selected cells -> attention over them
+//   tip    : index -> scores of all cells, for each head; softmax sums
+//   select : scores -> keys -> selected cells
+//   fac    : attention over the selected cells
 //
 // Nothing is allocated but pool memory, the host never waits, and the order of every sum is fixed: valid inside CUDA graphs,
 // and a run repeats bit by bit.
@@ -18,54 +18,121 @@
 #include "fasa-tip.cuh"
 #include "ggml-fasa-mapped.h"
 
+#include <atomic>
+#include <random>
+
 namespace fasa {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_VOLTA
+#define FASA_KERNEL_ARG const attn_args
+#else
+#define FASA_KERNEL_ARG const __grid_constant__ attn_args // functions that are not inlined take its address
+#endif
+
+// grid: n_part blocks for each KV head and query row, those of a unit on the device together. NH: heads served at once.
+template <int NH, int LANES, row_source ROWS>
+__global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
+    extern __shared__ float4 shared4[];
+    __shared__ select_shared sh;
+
+    const unit u(a);
+    float * shared = (float *) shared4;
+
+    // no kernel writes dims, and the index but for few cells is older than the kernel before
+    const char * plane = a.index + u.s*a.index_nb3 + u.g*a.index_nb2;
+    tip_prefetch(a, u, plane);
+    int * dims = (int *) (shared + a.at.dims);
+    if (threadIdx.x < a.n_dim) {
+        dims[threadIdx.x] = a.dims[u.g*a.n_dim + threadIdx.x];
+    }
+    ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x == 0) {
+        sh.n_own = sh.n_cand = sh.n_offer = 0;
+    }
+    __syncthreads();
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+
+    if (u.rank == 0) {
+        __stcg((uint4 *) (a.hist + (size_t) u.at*N_BIN) + threadIdx.x, make_uint4(0, 0, 0, 0));
+        if (threadIdx.x == 0) {
+            __stcg(&a.sync[u.at].n_done, 0);
+        }
+    }
+    const size_t block = (size_t) u.at*a.n_part + u.rank;
+    float   * score = a.score_len > 0 ? shared + a.at.score : a.score + block*a.n_group*a.n_run;
+    int32_t * list  = a.list_len  > 0 ? (int32_t *) (shared + a.at.list) : a.list + block*a.budget;
+    const uint32_t * key = (const uint32_t *) score;
+
+    const char * mask = a.mask + u.s*a.mask_nb3 + u.t*a.mask_nb1;
+    tip_held<NH> first;
+    const tip_q q = tip_load_q(a, u, shared + a.at.q, dims, shared + a.at.tip, shared + a.at.score, [&] {
+        first.load(a, plane, mask, cell_of(a, u, 4*threadIdx.x));
+    });
+    tip_scores<NH>(a, u, q, plane, mask, first, sh.sums, score);
+    unit_arrive(a, u, 1);
+    row_cache cache;
+    if constexpr (ROWS == ROWS_CACHED) {
+        cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + a.at.rows), a.list_len);
+    }
+    unit_wait(a, u, 1);
+    select_count<NH>(a, u, sh, score);
+    unit_arrive(a, u, 2);
+    unit_wait(a, u, 2);
+    const select_state offered = select_offer(a, u, 3, sh, key, list);
+    const int n = select_cells(a, u, 3, sh, offered, key, list);
+    if constexpr (ROWS == ROWS_CACHED) {
+        cache.find(list, n);
+    }
+#pragma unroll 1
+    for (int h = 0; h < a.n_group; h += NH) {
+        fac_heads<NH, LANES, ROWS>(a, u, shared + a.at.q + h*a.d_k, cache, h, list, n, shared + a.at.score);
+    }
+    unit_arrive(a, u, 4);
+    unit_wait(a, u, 4);
+    fac_merge(a, u, shared + a.at.score);
+    if (threadIdx.x == 0 && atomicAdd(&a.sync[u.at].n_done, 1) == a.n_part - 1) { // none looks any more
+        for (int b = 0; b < a.n_part; ++b) {
+            a.sync[u.at].turn[b] = 0;
+        }
+        if constexpr (ROWS == ROWS_CACHED) {
+            cache.turn();
+        }
+    }
+}
 
 using attn_kernel = void (*)(attn_args);
 
-template <int NH>
-static attn_kernel pick_tip(int index_type) {
-    switch (index_type) {
-        case GGML_FASA_INDEX_F16: return fasa_tip<NH, GGML_FASA_INDEX_F16>;
-        case GGML_FASA_INDEX_Q8:  return fasa_tip<NH, GGML_FASA_INDEX_Q8>;
-        default:                  return fasa_tip<NH, GGML_FASA_INDEX_Q4>;
-    }
-}
-
-static attn_kernel pick_tip(int n_head, int index_type) {
-    switch (n_head) {
-        case 1:  return pick_tip<1>(index_type);
-        case 2:  return pick_tip<2>(index_type);
-        case 4:  return pick_tip<4>(index_type);
-        default: return pick_tip<8>(index_type);
-    }
-}
-
 template <int NH, int LANES>
-static attn_kernel pick_fac(row_source rows) {
+static attn_kernel pick_kernel(row_source rows) {
     switch (rows) {
-        case ROWS_ANY: return fasa_select_fac<NH, LANES, ROWS_ANY>;
-        case ROWS_F16: return fasa_select_fac<NH, LANES, ROWS_F16>;
-        default:       return fasa_select_fac<NH, LANES, ROWS_CACHED>;
+        case ROWS_ANY: return fasa_attn<NH, LANES, ROWS_ANY>;
+        case ROWS_F16: return fasa_attn<NH, LANES, ROWS_F16>;
+        default:       return fasa_attn<NH, LANES, ROWS_CACHED>;
     }
 }
 
 template <int NH>
-static attn_kernel pick_fac(int d, row_source rows) {
-    return d <= 64 ? pick_fac<NH, 8>(rows) : d <= 128 ? pick_fac<NH, 16>(rows) : pick_fac<NH, 32>(rows);
+static attn_kernel pick_kernel(int lanes, row_source rows) {
+    switch (lanes) {
+        case 8:  return pick_kernel<NH, 8>(rows);
+        case 16: return pick_kernel<NH, 16>(rows);
+        default: return pick_kernel<NH, 32>(rows);
+    }
 }
 
 static bool all_f16(const attn_args & a) {
     return a.k_type == GGML_TYPE_F16 && a.v_type == GGML_TYPE_F16;
 }
 
-static attn_kernel pick_fac(const attn_args & a) {
-    const int        d    = std::max(a.d_k, a.d_v);
-    const row_source rows = a.rows.state ? ROWS_CACHED : all_f16(a) ? ROWS_F16 : ROWS_ANY;
+static attn_kernel pick_kernel(const attn_args & a) {
+    const int        lanes = fac_lanes(a);
+    const row_source rows  = a.rows.state ? ROWS_CACHED : all_f16(a) ? ROWS_F16 : ROWS_ANY;
     switch (a.n_fac) {
-        case 1:  return pick_fac<1>(d, rows);
-        case 2:  return pick_fac<2>(d, rows);
-        case 4:  return pick_fac<4>(d, rows);
-        default: return pick_fac<8>(d, rows);
+        case 1:  return pick_kernel<1>(lanes, rows);
+        case 2:  return pick_kernel<2>(lanes, rows);
+        case 4:  return pick_kernel<4>(lanes, rows);
+        default: return pick_kernel<8>(lanes, rows);
     }
 }
 
@@ -90,6 +157,21 @@ static row_args rows_of(const attn_args & a, const ggml_tensor * state, const gg
     return r;
 }
 
+static attn_layout layout_of(const attn_args & a) {
+    const int tip = std::max(a.score_len*a.n_group, a.n_slot*a.d_k);
+    const int fac = fac_shared(a);
+
+    attn_layout l;
+    l.q     = 0;
+    l.dims  = l.q    + a.n_slot*a.d_k;
+    l.tip   = l.dims + a.n_dim_pad;
+    l.list  = l.tip  + GGML_PAD(a.n_slot*(a.n_dim_pad + 2), 4);
+    l.rows  = l.list + GGML_PAD(a.list_len, 4);
+    l.score = l.rows + row_shared(a.rows, a.list_len);
+    l.total = l.score + std::max(tip, fac);
+    return l;
+}
+
 // Lays out the scratch of n_unit units from base on; returns its size in bytes.
 static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
     size_t at = 0;
@@ -97,15 +179,23 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
         p   = (std::remove_reference_t<decltype(p)>) (base + at);
         at += (n_unit*n*sizeof(*p) + 255)/256*256;
     };
-    take(a.score,   (size_t) a.n_group*a.n_pad);
-    take(a.softmax, (size_t) a.n_scan*a.n_group);
+    take(a.softmax, (size_t) a.n_part*a.n_group);
     take(a.hist,    N_BIN);
     take(a.sync,    1);
     take(a.cand,    (size_t) a.n_part*a.n_run);
-    take(a.key,     a.key_len  > 0 ? 0 : (size_t) a.n_part*a.n_run);
-    take(a.list,    a.list_len > 0 ? 0 : (size_t) a.n_part*a.budget);
+    take(a.score,   a.score_len > 0 ? 0 : (size_t) a.n_part*a.n_group*a.n_run);
+    take(a.list,    a.list_len  > 0 ? 0 : (size_t) a.n_part*a.budget);
     take(a.part,    (size_t) a.n_part*a.n_group*(a.d_v + 2));
     return at;
+}
+
+// A number that no memory holds by chance, see unit_sync.
+static uint64_t next_tag() {
+    static std::atomic<uint64_t> next{ (uint64_t) std::random_device{}() << 32 | std::random_device{}() };
+    uint64_t x = next++;
+    x = (x ^ (x >> 31))*0x9E3779B97F4A7C15;
+    x = (x ^ (x >> 29))*0xD6E8FEB86659FD93;
+    return x & ~(uint64_t) 15;
 }
 
 static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -136,6 +226,7 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.k_type     = k->type;
     a.v_type     = v->type;
     a.mask_f16   = mask->type == GGML_TYPE_F16;
+    a.mask_four  = a.mask_f16 && k->ne[1]%4 == 0;
     a.index_type = ggml_get_op_params_i32(dst, GGML_FASA_OP_PARAM_INDEX_TYPE);
     a.tile_size  = index->nb[1];
     a.hadamard   = ggml_get_op_params_i32(dst, GGML_FASA_OP_PARAM_HADAMARD);
@@ -153,47 +244,54 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     a.n_fac  = a.n_group == 1 ? 1 : a.n_group == 2 ? 2 : a.n_group <= 4 ? 4 : 8;
     a.n_slot = GGML_PAD(a.n_group, a.n_fac);
-    a.n_pad  = GGML_PAD(a.n_kv, BAND);
+    a.n_dim_pad = GGML_PAD(a.n_dim, 8);
+    a.n_word    = a.index_type == GGML_FASA_INDEX_Q4 ? a.n_dim_pad/8 : (a.n_dim + 3)/4;
+    a.div_d_v   = init_fastdiv_values(a.d_v);
 
-    // units of one launch: what a bounded scratch and a grid hold
+    // query rows of one launch: what a bounded scratch and a grid hold
     constexpr size_t MAX_SCRATCH = 256u << 20;
-    const int n_unit   = a.n_row*a.n_head_kv*q->ne[3];
-    const int per_pass = std::clamp<size_t>(MAX_SCRATCH/(4*(size_t) a.n_pad*(a.n_group + 3)), 1, std::min(n_unit, 65535));
+    const int n_row    = a.n_row*q->ne[3];
+    const int n_tile   = (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE;
+    const size_t size  = (size_t) n_tile*GGML_FASA_TILE*a.n_head_kv*(a.n_group + 3)*sizeof(float);
+    const int per_pass = std::clamp<size_t>(MAX_SCRATCH/size, 1, std::min(n_row, 65535));
 
-    // blocks for a unit: enough to fill the device, and for select and fac, which wait for each other, not more than it holds
+    // blocks of a unit: enough to fill the device, and since they wait for each other, not more than it holds
     const auto & info = ggml_cuda_info().devices[ctx.device];
-    const int n_band = a.n_pad/BAND;
-    a.n_scan = std::clamp(3*info.nsm/per_pass, 1, (n_band + TIP_WARP - 1)/TIP_WARP);
-    a.n_part = info.supports_cooperative_launch ? std::clamp(info.nsm/per_pass, 1, std::min(MAX_PART, n_band)) : 1;
-    a.share  = SHARE;
-    a.n_run  = (((a.n_pad - 1) >> a.share)/a.n_part + 1) << a.share;
+    a.n_part = info.supports_cooperative_launch ?
+        std::clamp(info.nsm/(per_pass*a.n_head_kv), 1, std::min(MAX_PART, n_tile)) : 1;
+    a.part_log2 = 0;
+    while (1 << a.part_log2 < a.n_part) {
+        a.part_log2++;
+    }
+    a.n_run  = (n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
 
     a.row_size = ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(k->buffer)) ? 0 :
         std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));
-    auto fits = [&] { return fac_layout(a).total*sizeof(float) + sizeof(select_shared) + 64 <= info.smpbo; };
-    a.key_len  = a.n_run;
-    a.list_len = a.budget;
-    a.rows     = rows_of(a, dst->src[GGML_FASA_SRC_ROW_STATE], dst->src[GGML_FASA_SRC_ROWS]);
+    auto fits = [&] {
+        a.at = layout_of(a);
+        return a.at.total*sizeof(float) + sizeof(select_shared) <= info.smpbo;
+    };
+    a.score_len = a.n_run;
+    a.list_len  = a.budget;
+    a.rows      = rows_of(a, dst->src[GGML_FASA_SRC_ROW_STATE], dst->src[GGML_FASA_SRC_ROWS]);
     if (!fits()) {
-        a.key_len = 0;
+        a.score_len = 0;
     }
     if (!fits()) {
         a.list_len = 0;
         a.rows     = {};
+        a.at       = layout_of(a);
     }
 
-    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), set_scratch(a, nullptr, per_pass));
-    set_scratch(a, scratch.get(), per_pass);
+    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), set_scratch(a, nullptr, (size_t) per_pass*a.n_head_kv));
+    set_scratch(a, scratch.get(), (size_t) per_pass*a.n_head_kv);
 
-    const attn_kernel tip = pick_tip(a.n_fac, a.index_type);
-    const attn_kernel fac = pick_fac(a);
-    const size_t tip_size = tip_shared(a)*sizeof(float);
-    const size_t fac_size = fac_layout(a).total*sizeof(float);
-
-    for (a.unit0 = 0; a.unit0 < n_unit; a.unit0 += per_pass) {
-        const unsigned n = std::min(per_pass, n_unit - a.unit0);
-        launch(tip, dim3(a.n_scan, n), dim3(TIP_WARP*WARP_SIZE), tip_size, ctx.stream(), false,        a);
-        launch(fac, dim3(a.n_part, n), dim3(FAC_THREAD),         fac_size, ctx.stream(), a.n_part > 1, a);
+    const attn_kernel kernel = pick_kernel(a);
+    const size_t      shared = a.at.total*sizeof(float);
+    for (a.row0 = 0; a.row0 < n_row; a.row0 += per_pass) {
+        const unsigned n = std::min(per_pass, n_row - a.row0);
+        a.tag = next_tag();
+        launch(kernel, dim3(a.n_part, a.n_head_kv, n), dim3(FAC_THREAD), shared, ctx.stream(), a.n_part > 1, a);
     }
 }
 

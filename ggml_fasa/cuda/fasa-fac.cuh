@@ -1,13 +1,14 @@
 // Stage fac on CUDA: exact attention of one KV group over the selected cells, paper section 4.2.
 //
-// One kernel with select: its blocks each attend to the cells selected out of their share, and the block that finishes last
-// merges, in a fixed order, so that results repeat bit by bit.
+// The blocks of a unit each attend to the cells selected out of their own, and the first one merges, in a fixed order, so that
+// results repeat bit by bit.
 
 #pragma once
 
 #include "fasa-cache.cuh"
 #include "fasa-select.cuh"
 #include "fasa-stages.cuh"
+#include "fasa-tip.cuh"
 
 namespace fasa {
 
@@ -41,320 +42,254 @@ struct fac_row {
     }
 };
 
-// Dynamic shared memory of a block, in floats, each a multiple of 4.
-struct fac_layout {
-    size_t q, list, rows, head, part, key, total;
+// What a thread holds of the K and V row of a cell. LANES: threads of a row, 8 values each.
+template <int LANES, row_source ROWS>
+struct fac_cell {
+    fac_row<ROWS != ROWS_ANY> k, v;
 
-    __host__ __device__ fac_layout(const attn_args & a) {
-        const size_t parts  = (size_t) FAC_WARP*a.n_fac*a.d_v;
-        const size_t shares = (size_t) MAX_PART*a.n_group;
-        const size_t work   = 2*a.n_fac*FAC_WARP + (parts > shares ? parts : shares);
-        q     = 0;                                   // [n_slot][d_k]
-        list  = q    + (size_t) a.n_slot*a.d_k;      // [list_len] cells
-        rows  = list + (size_t) (a.list_len + 3)/4*4; // see row_shared
-        head  = rows + row_shared(a.rows, a.list_len); // [2][n_fac][FAC_WARP] largest logit and sum of each warp, then its share
-        part  = head + (size_t) 2*a.n_fac*FAC_WARP;  // [FAC_WARP][n_fac][d_v]; or the shares of fac_merge
-        key   = head;                                // [key_len] keys of select, before head and part are of use
-        total = head + (work > (size_t) a.key_len ? work : a.key_len);
+    // The thread's cell in the first turn; a turn serves FAC_THREAD/LANES.
+    static __device__ __forceinline__ int first() {
+        return threadIdx.x/LANES;
+    }
+
+    // Asks for cell c of the list, if it has so many. cache: of ROWS_CACHED.
+    __device__ __forceinline__ void load(
+            const attn_args & a, const unit & u, const row_cache * cache, const int32_t * list, int n, int c) {
+        if (c < n) {
+            const int l = threadIdx.x%LANES;
+            const size_t cell = list[c];
+            const char * k_row = a.k + u.s*a.k_nb3 + u.g*a.k_nb2 + cell*a.k_nb1;
+            const char * v_row = a.v + u.s*a.v_nb3 + u.g*a.v_nb2 + cell*a.v_nb1;
+            if constexpr (ROWS == ROWS_CACHED) {
+                cache->redirect(c, a.d_k, k_row, v_row);
+            }
+            k.load(k_row, l, a.d_k, a.k_type);
+            v.load(v_row, l, a.d_v, a.v_type);
+        }
     }
 };
 
-constexpr float LOGIT_NONE = -1e30f; // of no cell at all; finite, so that differences are numbers
-
-static __device__ __noinline__ float fac_softcap(float s, float softcap) {
-    return softcap*tanhf(s/softcap);
+// Cells of a thread in a turn, which serves at least as many as a warp has lanes.
+static constexpr __host__ __device__ int fac_cells(int lanes) {
+    return WARP_SIZE*lanes > FAC_THREAD ? WARP_SIZE*lanes/FAC_THREAD : 1;
 }
 
-// Attention of heads [h0, h0 + NH) over cells list[0 .. n). LANES: of a warp for one row, 8 values each.
-// out: [n_group][d_v + 2] of global memory: for each head sum of p * v, then the largest logit in powers of two, then the
-// sum of p.
+// Threads for a row.
+static int fac_lanes(const attn_args & a) {
+    const int d = std::max(a.d_k, a.d_v);
+    return d <= 64 ? 8 : d <= 128 ? 16 : 32;
+}
+
+// Shared memory of fac_heads and of fac_merge, in floats.
+static int fac_shared(const attn_args & a) {
+    const int n_cell = fac_cells(fac_lanes(a))*FAC_THREAD/fac_lanes(a);
+    return std::max(n_cell*(a.n_fac + a.d_v) + GGML_PAD(a.n_fac, 4), FAC_THREAD + MAX_PART*a.n_group);
+}
+
+// Attention of heads [h0, h0 + NH) over cells list[0 .. n). work: of fac_shared.
+// To a.part: for each head sum of p * v, then the largest logit in powers of two, then the sum of p.
 template <int NH, int LANES, row_source ROWS>
-static __device__ void fac_heads(
-        const attn_args & a, const unit & u, float * shared, row_cache & cache, int h0, const int32_t * list, int n, float * out) {
-    constexpr bool F16 = ROWS != ROWS_ANY;
-    constexpr int CELLS = WARP_SIZE/LANES; // of a warp at once
-    constexpr int STEP  = FAC_WARP*CELLS;
+static __device__ __forceinline__ void fac_heads(
+        const attn_args & a, const unit & u, const float * q, row_cache & cache, int h0, const int32_t * list, int n,
+        float * work) {
+    constexpr int STEP   = FAC_THREAD/LANES; // cells between those of a thread
+    constexpr int N_HELD = fac_cells(LANES); // cells of a thread in a turn
+    constexpr int N_CELL = N_HELD*STEP;      // cells of a turn
+    constexpr int N_OUT  = (NH*LANES*8 + FAC_THREAD - 1)/FAC_THREAD;
 
-    const int lane  = threadIdx.x%WARP_SIZE;
-    const int warp  = threadIdx.x/WARP_SIZE;
-    const int l     = lane%LANES;
-    const int first = warp*CELLS;
+    const int lane = threadIdx.x%WARP_SIZE;
+    const int warp = threadIdx.x/WARP_SIZE;
+    const int l    = threadIdx.x%LANES;
 
-    const fac_layout in(a);
-    const float * q    = shared + in.q + h0*a.d_k;
-    float       * head = shared + in.head;
-    float       * part = shared + in.part;
+    float * prob    = work;                       // [NH][N_CELL] logits, then weights
+    float * rescale = prob + NH*N_CELL;           // [NH] of what was summed up in earlier turns
+    float * value   = rescale + GGML_PAD(NH, 4);  // [N_CELL][d_v]
 
-    const char * k = a.k + u.s*a.k_nb3 + u.g*a.k_nb2;
-    const char * v = a.v + u.s*a.v_nb3 + u.g*a.v_nb2;
-
-    float acc[NH][8] = {};
-    float top[NH];
-    float sum[NH];
+    fac_cell<LANES, ROWS> held[N_HELD];
 #pragma unroll
-    for (int h = 0; h < NH; ++h) {
-        top[h] = LOGIT_NONE;
-        sum[h] = 0.0f;
+    for (int i = 0; i < N_HELD; ++i) {
+        held[i].load(a, u, &cache, list, n, held[i].first() + i*STEP);
     }
-
-    fac_row<F16> kr, vr;
-    auto load = [&](int c) {
-        if (c < n) {
-            const size_t cell = list[c];
-            const char * k_row = k + cell*a.k_nb1;
-            const char * v_row = v + cell*a.v_nb1;
-            if constexpr (ROWS == ROWS_CACHED) {
-                cache.redirect(c, a.d_k, k_row, v_row);
-            }
-            kr.load(k_row, l, a.d_k, a.k_type);
-            vr.load(v_row, l, a.d_v, a.v_type);
-        }
-    };
-    load(first + lane/LANES);
     if constexpr (ROWS == ROWS_CACHED) {
         if (h0 == 0) {
             cache.place(list, n);
         }
     }
+    float  acc[N_OUT] = {};
+    float2 softmax = make_float2(SCORE_NONE, 0.0f); // of head h0 + warp
 #pragma unroll 1
-    for (int c0 = first; c0 < n; c0 += STEP) {
-        const int c = c0 + lane/LANES;
-        float x[8];
-        float y[8];
-        kr.get(x);
-        vr.get(y);
-        if constexpr (ROWS == ROWS_CACHED) {
-            if (h0 == 0 && c < n) {
-                cache.keep(c, l, a.d_k, a.d_v, kr.bits, vr.bits);
-            }
+    for (int base = 0; base < n; base += N_CELL) {
+        if (base > 0 || h0 > 0) {
+            __syncthreads();
         }
-        load(c + STEP); // the next cell is on its way while this one is worked on
+#pragma unroll
+        for (int i = 0; i < N_HELD; ++i) {
+            if (base + i*STEP >= n) {
+                break;
+            }
+            const int at = i*STEP + held[i].first();
+            const int c  = base + at;
+            float x[8];
+            float y[8];
+            held[i].k.get(x);
+            held[i].v.get(y);
+            if constexpr (ROWS == ROWS_CACHED) {
+                if (h0 == 0 && c < n) {
+                    cache.keep(c, l, a.d_k, a.d_v, held[i].k.bits, held[i].v.bits);
+                }
+            }
+            held[i].load(a, u, &cache, list, n, c + N_CELL); // the next cell is on its way while this one is worked on
 
-        float s[NH] = {};
-        if (8*l < a.d_k) {
+            float s[NH] = {};
+            if (8*l < a.d_k) {
 #pragma unroll
-            for (int h = 0; h < NH; ++h) {
-                const float4 q0 = *(const float4 *) (q + h*a.d_k + 8*l);
-                const float4 q1 = *(const float4 *) (q + h*a.d_k + 8*l + 4);
-                s[h] = x[0]*q0.x + x[1]*q0.y + x[2]*q0.z + x[3]*q0.w + x[4]*q1.x + x[5]*q1.y + x[6]*q1.z + x[7]*q1.w;
+                for (int h = 0; h < NH; ++h) {
+                    const float4 q0 = *(const float4 *) (q + h*a.d_k + 8*l);
+                    const float4 q1 = *(const float4 *) (q + h*a.d_k + 8*l + 4);
+                    s[h] = x[0]*q0.x + x[1]*q0.y + x[2]*q0.z + x[3]*q0.w + x[4]*q1.x + x[5]*q1.y + x[6]*q1.z + x[7]*q1.w;
+                }
+            }
+#pragma unroll
+            for (int o = LANES/2; o > 0; o /= 2) {
+#pragma unroll
+                for (int h = 0; h < NH; ++h) {
+                    s[h] += __shfl_xor_sync(0xFFFFFFFFu, s[h], o);
+                }
+            }
+            if (l == 0) {
+#pragma unroll
+                for (int h = 0; h < NH; ++h) {
+                    prob[h*N_CELL + at] = s[h];
+                }
+            }
+            if (8*l < a.d_v) {
+                const bool in = c < n;
+                float4 * to = (float4 *) (value + at*a.d_v + 8*l);
+                to[0] = in ? make_float4(y[0], y[1], y[2], y[3]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                to[1] = in ? make_float4(y[4], y[5], y[6], y[7]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             }
         }
+        __syncthreads();
+
+        const int n_here = min(n - base, N_CELL);
+        if (warp < NH) {
+            float z[N_CELL/WARP_SIZE];
+            float top = softmax.x;
 #pragma unroll
-        for (int o = LANES/2; o > 0; o /= 2) {
+            for (int i = 0; i < N_CELL/WARP_SIZE; ++i) {
+                const int at = i*WARP_SIZE + lane;
+                z[i] = at < n_here ? prob[warp*N_CELL + at]*a.scale : SCORE_NONE;
+                if (a.softcap != 0.0f && at < n_here) {
+                    z[i] = a.softcap*tanhf(z[i]/a.softcap);
+                }
+                z[i] = at < n_here ? z[i]*LOG2E : SCORE_NONE;
+                top  = fmaxf(top, z[i]);
+            }
+            top = warp_max(top);
+            float sum = 0.0f;
 #pragma unroll
-            for (int h = 0; h < NH; ++h) {
-                s[h] += __shfl_xor_sync(0xFFFFFFFFu, s[h], o);
+            for (int i = 0; i < N_CELL/WARP_SIZE; ++i) {
+                const int   at = i*WARP_SIZE + lane;
+                const float p  = at < n_here ? exp2f(z[i] - top) : 0.0f;
+                prob[warp*N_CELL + at] = p;
+                sum += p;
+            }
+            const float f = exp2f(softmax.x - top);
+            softmax = make_float2(top, softmax.y*f + warp_sum(sum));
+            if (lane == 0) {
+                rescale[warp] = f;
             }
         }
-        if (c < n) {
+        __syncthreads();
+
 #pragma unroll
-            for (int h = 0; h < NH; ++h) {
-                float z = s[h]*a.scale;
-                if (a.softcap != 0.0f) {
-                    z = fac_softcap(z, a.softcap);
+        for (int i = 0; i < N_OUT; ++i) {
+            const int o = i*FAC_THREAD + threadIdx.x;
+            const int h = fastdiv(o, a.div_d_v);
+            if (h < NH) {
+                const float * p = prob  + h*N_CELL;
+                const float * v = value + o - h*a.d_v;
+                float sum = acc[i]*rescale[h];
+#pragma unroll 2
+                for (int c = 0; c < n_here; c += 4) {
+                    const float4 p4 = *(const float4 *) (p + c);
+                    sum += p4.x*v[(c + 0)*a.d_v];
+                    sum += p4.y*v[(c + 1)*a.d_v];
+                    sum += p4.z*v[(c + 2)*a.d_v];
+                    sum += p4.w*v[(c + 3)*a.d_v];
                 }
-                z *= LOG2E;
-                const float m    = fmaxf(top[h], z);
-                const float keep = exp2f(top[h] - m);
-                const float p    = exp2f(z - m);
-                top[h] = m;
-                sum[h] = sum[h]*keep + p;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    acc[h][i] = acc[h][i]*keep + p*y[i];
-                }
+                acc[i] = sum;
             }
         }
     }
 
-    // the cells of a warp
-    if (first < n) {
-#pragma unroll
-        for (int h = 0; h < NH; ++h) {
-#pragma unroll
-            for (int o = LANES; o < WARP_SIZE; o *= 2) {
-                const float m = fmaxf(top[h], __shfl_xor_sync(0xFFFFFFFFu, top[h], o));
-                const float f = exp2f(top[h] - m);
-                top[h]  = m;
-                sum[h] *= f;
-                sum[h] += __shfl_xor_sync(0xFFFFFFFFu, sum[h], o);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    acc[h][i] *= f;
-                    acc[h][i] += __shfl_xor_sync(0xFFFFFFFFu, acc[h][i], o);
-                }
-            }
-            if (lane < LANES && 8*l < a.d_v) {
-                float4 * to = (float4 *) (part + (warp*NH + h)*a.d_v + 8*l);
-                to[0] = make_float4(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
-                to[1] = make_float4(acc[h][4], acc[h][5], acc[h][6], acc[h][7]);
-            }
-        }
-    }
-    if (lane == 0) {
-#pragma unroll
-        for (int h = 0; h < NH; ++h) {
-            head[h*FAC_WARP + warp]        = top[h];
-            head[(NH + h)*FAC_WARP + warp] = sum[h];
-        }
-    }
-    __syncthreads();
-
-    // the warps of the block
     const int n_head = min(NH, a.n_group - h0);
-    out += (size_t) h0*(a.d_v + 2);
-    if (warp < n_head) {
-        const float t = lane < FAC_WARP ? head[warp*FAC_WARP + lane]        : LOGIT_NONE;
-        const float s = lane < FAC_WARP ? head[(NH + warp)*FAC_WARP + lane] : 0.0f;
-        const float m = warp_max(t);
-        const float f = exp2f(t - m);
-        const float z = warp_sum(f*s);
-        if (lane < FAC_WARP) {
-            head[warp*FAC_WARP + lane] = f;
-        }
-        if (lane == 0) {
-            __stcg(out + warp*(a.d_v + 2) + a.d_v,     n > 0 ? m : -INFINITY);
-            __stcg(out + warp*(a.d_v + 2) + a.d_v + 1, z);
+    float * out = a.part + (((size_t) u.at*a.n_part + u.rank)*a.n_group + h0)*(a.d_v + 2);
+#pragma unroll
+    for (int i = 0; i < N_OUT; ++i) {
+        const int o = i*FAC_THREAD + threadIdx.x;
+        const int h = fastdiv(o, a.div_d_v);
+        if (h < n_head) {
+            __stcg(out + o + 2*h, acc[i]);
         }
     }
-    __syncthreads();
-
-    const int n_warp = min(FAC_WARP, (n + CELLS - 1)/CELLS);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_head*a.d_v; i += FAC_THREAD) {
-        const int h = i/a.d_v;
-        float y = 0.0f;
-#pragma unroll 4
-        for (int w = 0; w < n_warp; ++w) {
-            y += head[h*FAC_WARP + w]*part[w*NH*a.d_v + i];
-        }
-        __stcg(out + i + 2*h, y);
+    if (warp < n_head && lane == 0) {
+        __stcg(out + warp*(a.d_v + 2) + a.d_v,     softmax.x);
+        __stcg(out + warp*(a.d_v + 2) + a.d_v + 1, softmax.y);
     }
-    __syncthreads();
 }
 
-// The output of a unit from its n_part partial results part, each [n_group][d_v + 2] in global memory.
-// share: [MAX_PART][n_group] of shared memory.
-static __device__ void fac_merge(const attn_args & a, const unit & u, const float * part, float * share) {
-    const int lane   = threadIdx.x%WARP_SIZE;
-    const int width  = a.d_v + 2;
-    const int stride = a.n_group*width; // from part to part
-    const int n      = a.n_group*a.d_v;
+// This block's piece of the output of a unit, from what fac_heads left in a.part. work: [n_group][MAX_PART] + [FAC_THREAD] floats
+// of shared memory.
+static __device__ __forceinline__ void fac_merge(const attn_args & a, const unit & u, float * work) {
+    const int lane  = threadIdx.x%WARP_SIZE;
+    const int n     = a.n_group*a.d_v;
+    const int width = FAC_THREAD >> a.part_log2; // outputs of a block at once
+    const int b     = threadIdx.x/width;         // a thread for an output and part
+    float * share = work;
+    float * sums  = work + a.n_group*MAX_PART;
 
-    float * out = a.dst + (((int64_t) u.s*a.n_row + u.t)*a.n_head_kv + u.g)*n;
+    const float * part = a.part + (size_t) u.at*a.n_part*a.n_group*(a.d_v + 2);
+    float       * out  = a.dst + (((int64_t) u.s*a.n_row + u.t)*a.n_head_kv + u.g)*n;
 
-    float y[MAX_PART];
     auto load = [&](int i) {
-        const float * from = part + i + i/a.d_v*2;
-#pragma unroll
-        for (int b = 0; b < MAX_PART; ++b) {
-            y[b] = __ldcg(from + min(b, a.n_part - 1)*stride); // what comes twice has no share
-        }
+        const int h = fastdiv(i, a.div_d_v);
+        return b < a.n_part && i < n ? __ldcg(part + b*a.n_group*(a.d_v + 2) + i + 2*h) : 0.0f;
     };
-    load(min((int) threadIdx.x, n - 1));
+    int   i = u.rank*width + threadIdx.x%width;
+    float y = load(i);
 
     // what each part weighs: a warp for a head, a lane for a part
-#pragma unroll 1
-    for (int h = threadIdx.x/WARP_SIZE; h < a.n_group; h += FAC_WARP) {
-        const float * from = part + min(lane, a.n_part - 1)*stride + h*width + a.d_v;
-        const float   top  = lane < a.n_part ? __ldcg(from)     : -INFINITY;
-        const float   sum  = lane < a.n_part ? __ldcg(from + 1) : 0.0f;
-        const float   sink = a.sinks ? a.sinks[u.g*a.n_group + h]*LOG2E : -INFINITY;
-
-        const float all = warp_max(top);
-        const float m   = fmaxf(all, sink);
-        const float f   = all > -INFINITY ? exp2f(top - m) : 0.0f;
-        const float z   = warp_sum(f*sum) + (all > -INFINITY ? exp2f(sink - m) : 1.0f);
+    const int h = threadIdx.x/WARP_SIZE;
+    if (h < a.n_group) {
+        const float * from = part + (lane*a.n_group + h)*(a.d_v + 2) + a.d_v;
+        const float2  mine = lane < a.n_part ? make_float2(__ldcg(from), __ldcg(from + 1)) : make_float2(SCORE_NONE, 0.0f);
+        const float2  all  = softmax_sum(mine);
+        const float   sink = a.sinks ? a.sinks[u.g*a.n_group + h]*LOG2E : SCORE_NONE;
+        const float   m    = fmaxf(all.x, sink);
+        const float   z    = all.y*exp2f(all.x - m) + (a.sinks ? exp2f(sink - m) : 0.0f);
         if (lane < MAX_PART) {
-            share[lane*a.n_group + h] = f/z;
+            share[h*MAX_PART + lane] = mine.y > 0.0f ? exp2f(mine.x - m)/z : 0.0f;
         }
     }
     __syncthreads();
 
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += FAC_THREAD) {
-        if (i >= FAC_THREAD) {
-            load(i);
-        }
-        const float * s = share + i/a.d_v;
-        float sum = 0.0f;
-#pragma unroll
-        for (int b = 0; b < MAX_PART; ++b) {
-            sum += s[b*a.n_group]*y[b];
-        }
-        out[i] = sum;
-    }
-}
-
-// grid: n_part blocks for each unit, all on the device together. NH: heads served at once.
-template <int NH, int LANES, row_source ROWS>
-__global__ void __launch_bounds__(FAC_THREAD, 1) fasa_select_fac(const attn_args a) {
-    extern __shared__ float4 shared4[];
-    __shared__ select_shared sh;
-    __shared__ bool last;
-
-    float * shared = (float *) shared4;
-    const fac_layout in(a);
-
-    const int rank = blockIdx.x;
-    const int at_u = blockIdx.y;
-    const unit u(a, a.unit0 + at_u);
-
-    // q is older than the kernel before
-#pragma unroll 1
-    for (int i = 4*threadIdx.x; i < a.n_slot*a.d_k; i += 4*FAC_THREAD) {
-        const int h = i/a.d_k;
-        *(float4 *) (shared + in.q + i) = h < a.n_group ?
-            *(const float4 *) ((const float *) (a.q + u.s*a.q_nb3 + u.t*a.q_nb1 + (u.g*a.n_group + h)*a.q_nb2) + i%a.d_k) :
-            make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-    for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
-        sh.hist[b] = 0;
-    }
-    if (threadIdx.x < OFFER) {
-        sh.cand[threadIdx.x] = 0;
-    }
-    if (threadIdx.x == 0) {
-        sh.n_cand = 0;
-    }
-    row_cache cache;
-    if constexpr (ROWS == ROWS_CACHED) { // what changes it is older than the kernel before, too
-        cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + in.rows), a.list_len);
-    }
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc();
-
-    const size_t block = (size_t) at_u*a.n_part + rank;
-    uint32_t * key  = a.key_len  > 0 ? (uint32_t *) (shared + in.key)  : a.key  + block*a.n_run;
-    int32_t  * list = a.list_len > 0 ? (int32_t *)  (shared + in.list) : a.list + block*a.budget;
-    float    * part = a.part + (size_t) at_u*a.n_part*a.n_group*(a.d_v + 2);
-    unit_sync * sync = a.sync + at_u;
-
-    select_count(a, u, at_u, rank, sh, key);
-    unit_arrive(a, sync);
-    unit_wait(a, sync, 1);
-    const int n = select_cells(a, u, at_u, rank, sh, key, list);
-    if constexpr (ROWS == ROWS_CACHED) {
-        cache.find(list, n);
-    }
-
-#pragma unroll 1
-    for (int h = 0; h < a.n_group; h += NH) {
-        fac_heads<NH, LANES, ROWS>(a, u, shared, cache, h, list, n, part + (size_t) rank*a.n_group*(a.d_v + 2));
-    }
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(&sync->n_done, 1) == a.n_part - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (last) {
-        if constexpr (ROWS == ROWS_CACHED) {
-            if (threadIdx.x == 0) {
-                cache.turn();
+    for (int base = u.rank*width; base < n; base += a.n_part*width) {
+        const int h_out = min((int) fastdiv(i, a.div_d_v), a.n_group - 1);
+        sums[threadIdx.x] = b < a.n_part ? y*share[h_out*MAX_PART + b] : 0.0f;
+        __syncthreads();
+        if (threadIdx.x < width && i < n) {
+            float sum = 0.0f;
+#pragma unroll 4
+            for (int at = threadIdx.x; at < FAC_THREAD; at += width) {
+                sum += sums[at];
             }
+            out[i] = sum;
         }
-        fac_merge(a, u, part, shared + in.part);
+        i += a.n_part*width;
+        y = load(i);
+        __syncthreads();
     }
 }
 

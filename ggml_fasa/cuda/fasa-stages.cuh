@@ -9,12 +9,11 @@
 
 namespace fasa {
 
-constexpr int BAND  = 128;  // cells that a warp serves at once: 4 tiles, 4 neighbouring cells for each lane
 constexpr int N_BIN = 2048; // of the histogram over the leading digit of keys
 
 constexpr float LOG2E = 1.44269504f;
 
-// A cell's key orders like its score, as an unsigned integer: 0 hidden, else the bits of the score (>= 0) plus 1.
+// A cell's key orders like its importance, as an unsigned integer: 0 hidden, else the bits of the importance (>= 0) plus 1.
 constexpr uint32_t KEY_HIDDEN = 0;
 constexpr uint32_t KEY_FORCED = 0x7F800001;
 
@@ -28,12 +27,11 @@ constexpr int      N_COARSE     = (FINE_FIRST - COARSE_FIRST) >> COARSE_SHIFT;
 constexpr int      BIN_FORCED   = N_BIN - 1;
 static_assert(N_COARSE + (((127 + 4) << 23) - FINE_FIRST >> FINE_SHIFT) < BIN_FORCED, "scores reach 16");
 
+// Of a key that is not hidden.
 static __device__ __forceinline__ int bin_of(uint32_t key) {
-    if (key == KEY_HIDDEN || key == KEY_FORCED) {
-        return key == KEY_HIDDEN ? -1 : BIN_FORCED;
-    }
-    return key >= FINE_FIRST ? N_COARSE + (int) ((key - FINE_FIRST) >> FINE_SHIFT) :
-        key >= COARSE_FIRST ? (int) ((key - COARSE_FIRST) >> COARSE_SHIFT) : 0;
+    const int fine   = N_COARSE + (int) (key >> FINE_SHIFT) - (int) (FINE_FIRST >> FINE_SHIFT);
+    const int coarse = (int) (key >> COARSE_SHIFT) - (int) (COARSE_FIRST >> COARSE_SHIFT);
+    return key >= FINE_FIRST ? min(fine, BIN_FORCED) : max(coarse, 0);
 }
 
 // The smallest key of a bin.
@@ -42,13 +40,27 @@ static __device__ __forceinline__ uint32_t bin_base(int bin) {
         bin < N_COARSE ? COARSE_FIRST + ((uint32_t) bin << COARSE_SHIFT) : FINE_FIRST + ((uint32_t) (bin - N_COARSE) << FINE_SHIFT);
 }
 
-constexpr int MAX_PART = 16; // blocks of select and fac for a unit: their results fit into registers
+constexpr int MAX_PART   = 16;  // blocks of a unit: their results fit into registers
+constexpr int FAC_THREAD = 512; // threads of a block
+constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
-// Where the blocks of a unit meet; zero at first.
+// Where the blocks of a unit meet. No two launches that meet in the same memory have the same tag, but for replays of a
+// graph, so turn needs no known value at first; a launch leaves no tag of its own behind.
 struct unit_sync {
-    uint32_t n_arrive;
-    uint32_t n_done;
+    uint64_t turn[MAX_PART];   // attn_args::tag plus how often the block has arrived
     uint32_t n_cand[MAX_PART]; // candidates of each block
+    uint32_t n_done;           // blocks that wait for no other any more
+};
+
+// Where things are in the dynamic shared memory of a block, in floats, each a multiple of 4.
+struct attn_layout {
+    int q;     // [n_slot][d_k]
+    int dims;  // [n_dim_pad]
+    int tip;   // see tip_load_q
+    int list;  // [list_len] cells
+    int rows;  // see row_shared
+    int score; // [n_group][score_len]; before, rows of tip_load_q; after select, of fac_heads, then of fac_merge
+    int total;
 };
 
 struct attn_args {
@@ -68,84 +80,118 @@ struct attn_args {
     size_t index_nb2, index_nb3;
 
     ggml_type k_type, v_type;
-    bool      mask_f16;
+    bool      mask_f16, mask_four;
     int       index_type, tile_size, hadamard;
     float     scale, softcap;
     int       budget;
 
-    int n_kv, n_row, n_head_kv, n_group, d_k, d_v, n_dim;
-    int n_fac;    // heads that tip and fac serve at once
-    int n_slot;   // n_group rounded up to n_fac
-    int n_pad;    // n_kv rounded up to BAND
-    int n_scan;   // blocks of tip for a unit
-    int n_part;   // blocks of select and fac for a unit
-    int share;    // such a block owns every n_part-th stretch of 1 << share cells
-    int n_run;    // cells that it owns, those beyond n_pad included
-    int key_len;  // keys that such a block keeps in shared memory, n_run; 0: in global memory
-    int list_len; // selected cells that it keeps in shared memory, budget; 0: in global memory
-    int row_size; // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
-    int unit0;    // first unit of this launch
+    int n_kv, n_row, n_head_kv, n_group, d_k, d_v, n_dim, n_dim_pad;
+    int n_word;    // of a cell in an integer index
+    int n_fac;     // heads that tip and fac serve at once
+    int n_slot;    // n_group rounded up to n_fac
+    int n_part;    // blocks of a unit; block r owns tiles r, r + n_part, ...
+    int part_log2; // of n_part rounded up to a power of two
+    int n_run;     // cells that a block owns, those beyond n_kv included
+    int score_len; // cells whose scores it keeps in shared memory, n_run; 0: in global memory
+    int list_len;  // selected cells that it keeps in shared memory, budget; 0: in global memory
+    int row_size;  // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
+    int row0;      // first query row of this launch, over all streams
 
-    // Global memory between the kernels and between blocks, for each unit of the launch.
-    float     * score;   // [n_group][n_pad], log2(e) * S_h, -inf if hidden
-    float2    * softmax; // [n_scan][n_group], largest score m and sum of 2^(score - m)
+    uint3    div_d_v; // of fastdiv
+    uint64_t tag;     // lowest 4 bits 0
+
+    // Global memory of the blocks, for each unit of the launch.
+    float2    * softmax; // [n_part][n_group], largest score m and sum of 2^(score - m)
     uint32_t  * hist;    // [N_BIN], visible cells by bin of their keys
     unit_sync * sync;    // [1]
     uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
-    uint32_t  * key;     // [n_part][n_run] if key_len is 0
+    float     * score;   // [n_part][n_group][n_run] if score_len is 0, see tip_scores
     int32_t   * list;    // [n_part][budget] if list_len is 0
     float     * part;    // [n_part][n_group][d_v + 2], see fac_heads
 
-    row_args rows;
+    row_args    rows;
+    attn_layout at;
 };
 
-// The blocks of a unit wait for each other: all of them are on the device together (see run_attn).
-static __device__ __forceinline__ void unit_arrive(const attn_args & a, unit_sync * sync) {
-    __syncthreads();
-    if (a.n_part > 1 && threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(&sync->n_arrive, 1);
-    }
-}
-
-// Until every block has arrived for the turn-th time; what they wrote before is then visible to loads that bypass L1 (__ldcg).
-static __device__ __forceinline__ void unit_wait(const attn_args & a, unit_sync * sync, int turn) {
-    if (a.n_part > 1 && threadIdx.x == 0) {
-        while ((int) *(volatile uint32_t *) &sync->n_arrive < turn*a.n_part) {
-        }
-        __threadfence();
-    }
-    __syncthreads();
-}
-
-// A KV group of one query row.
+// A KV group of one query row, and the block that works on it.
 struct unit {
-    int s, t, g;
+    int s, t, g; // stream, row in it, KV head
+    int at;      // unit of the launch
+    int rank;    // of the block
 
-    __device__ unit(const attn_args & a, int u) : s(u/(a.n_head_kv*a.n_row)), t(u/a.n_head_kv%a.n_row), g(u%a.n_head_kv) {}
+    __device__ unit(const attn_args & a) : g(blockIdx.y), at(blockIdx.z*gridDim.y + blockIdx.y), rank(blockIdx.x) {
+        const int row = a.row0 + blockIdx.z;
+        s = a.n_row == 1 ? row : row/a.n_row;
+        t = a.n_row == 1 ? 0   : row%a.n_row;
+    }
 };
 
-// Four neighbouring cells of a mask row, from a cell that is a multiple of 4 on.
-struct mask_four {
-    uint2 f16 = {};
+// Cell i of the n_run of a block. May be beyond n_kv.
+static __device__ __forceinline__ int cell_of(const attn_args & a, const unit & u, int i) {
+    return (i/GGML_FASA_TILE*a.n_part + u.rank)*GGML_FASA_TILE + i%GGML_FASA_TILE;
+}
 
-    __device__ static __forceinline__ bool fast(const attn_args & a) {
-        return a.mask_f16 && a.n_kv%4 == 0;
+// The blocks of a unit wait for each other: all of them are on the device together (see run_attn). What they wrote before they
+// arrived is visible after the wait, to loads that bypass L1 (__ldcg).
+static __device__ __forceinline__ void unit_arrive(const attn_args & a, const unit & u, int turn) {
+    __syncthreads();
+    if (a.n_part > 1 && threadIdx.x == 0) {
+        uint64_t * at = a.sync[u.at].turn + u.rank;
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+        asm volatile("st.release.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(a.tag + turn) : "memory");
+#else
+        __threadfence();
+        *(volatile uint64_t *) at = a.tag + turn;
+#endif
     }
+}
+
+static __device__ __forceinline__ void unit_wait(const attn_args & a, const unit & u, int turn) {
+    if (a.n_part > 1 && threadIdx.x < WARP_SIZE) {
+        const uint64_t * at = a.sync[u.at].turn + min((int) threadIdx.x, a.n_part - 1);
+        uint64_t now;
+        do {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+            asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(at) : "memory");
+#else
+            now = *(volatile uint64_t *) at;
+            __threadfence();
+#endif
+        } while (!__all_sync(0xFFFFFFFFu, now - (a.tag + turn) < 16)); // others may be ahead
+    }
+    __syncthreads();
+}
+
+// Four neighbouring cells of a mask row, from a cell that is a multiple of 4 on. attn_args::mask_four: they can be read at once.
+struct mask_four {
+    uint32_t f16[2];
 
     // Asks for cells t .. t + 3.
     __device__ __forceinline__ void load(const attn_args & a, const char * mask, int t) {
-        if (fast(a) && t < a.n_kv) {
-            f16 = *(const uint2 *) ((const uint16_t *) mask + t);
+        if (a.mask_four && t < a.n_kv) {
+            const uint2 x = *(const uint2 *) ((const uint16_t *) mask + t);
+            f16[0] = x.x;
+            f16[1] = x.y;
         }
     }
 
     // Bits 0 to 3: hidden, as are cells from n_kv on; bits 4 to 7: forced. For the cells of the last load.
     __device__ __forceinline__ uint32_t bits(const attn_args & a, const char * mask, int t) const {
-        if (fast(a) && t < a.n_kv && (f16.x | f16.y) == 0) {
-            return 0;
+        if (!a.mask_four) {
+            return slow(a, mask, t);
         }
-        return slow(a, mask, t);
+        if (t >= a.n_kv) {
+            return 0x0F;
+        }
+        uint32_t bits = 0;
+        if ((f16[0] | f16[1]) != 0) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const uint32_t m = f16[c/2] >> 16*(c%2) & 0xFFFF;
+                bits |= (m == 0xFC00 ? 0x01 : m == 0x8000 ? 0x10 : 0) << c;
+            }
+        }
+        return bits;
     }
 
 private:
@@ -175,6 +221,14 @@ static __device__ __forceinline__ float warp_max(float x) {
         x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, o));
     }
     return x;
+}
+
+constexpr float SCORE_NONE = -1e30f; // of no cell at all; finite, so that differences are numbers
+
+// Largest score and sum of 2^(score - largest) over all lanes, from those of each.
+static __device__ __forceinline__ float2 softmax_sum(const float2 & x) {
+    const float m = warp_max(x.x);
+    return make_float2(m, warp_sum(x.y*exp2f(x.x - m)));
 }
 
 } // namespace fasa

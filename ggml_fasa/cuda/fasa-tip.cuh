@@ -1,6 +1,6 @@
 // Stage tip on CUDA: token importance prediction, paper section 4.1.
 //
-// A kernel over bands of cells. It writes the score of every cell and head, and of each block the softmax sum.
+// A block scores its cells for every head of the group, and sums up their softmax.
 
 #pragma once
 
@@ -9,101 +9,87 @@
 
 namespace fasa {
 
-constexpr int TIP_WARP = 8;
-
-// Words of shared memory: the group's dims and queries, the dominant dims of the queries, and two words for each head.
-static size_t tip_shared(const attn_args & a) {
-    return GGML_PAD(a.n_dim, 8) + (size_t) a.n_slot*(a.d_k + GGML_PAD(a.n_dim, 8) + 2);
-}
-
 // The group's queries in shared memory.
 struct tip_q {
-    const float * q;      // F16 index: [n_dim][n_slot], times scale
+    const float * q;      // F16 index: [n_dim][n_slot], times scale and log2(e)
     const int   * words;  // integer index: [n_dim/4][n_slot], four signed bytes each
-    const float * factor; // integer index: [n_slot], max |x| / 127
-    const int   * offset; // integer index: [n_slot], index offset times the sum of the bytes
+    const float * factor; // integer index: [n_slot], max |x| / 127 times log2(e)
+    const int   * offset; // Q4 index: [n_slot], its offset times the sum of the bytes
 };
 
-// shared: of tip_shared, the dims in it.
-static __device__ tip_q tip_load_q(const attn_args & a, const unit & u, float * shared) {
+// A query row, unrotated, in to. Cold: a call, so that it is out of the way.
+static __device__ __noinline__ float * unrotated(const float * row, float * to, int d, int block) {
     const int lane = threadIdx.x%WARP_SIZE;
-    const int warp = threadIdx.x/WARP_SIZE;
+    for (int i = lane; i < d; i += WARP_SIZE) {
+        to[i] = row[i];
+    }
+    __syncwarp();
+    unrotate_warp(to, d, block, lane);
+    return to;
+}
 
-    const int * dims = (const int *) shared;
-    float * q_rows = shared + (a.n_dim + 7)/8*8;
-    float * q_tip  = q_rows + a.n_slot*a.d_k;
-    float * head   = q_tip  + a.n_slot*((a.n_dim + 7)/8*8);
+// The group's queries: whole rows into q, [n_slot][d_k] of shared memory, a warp for each; for tip into tip,
+// n_slot*(n_dim_pad + 2) words of it. spare: n_slot rows for a while. meanwhile: called when the rows are asked for.
+template <typename F>
+static __device__ __forceinline__ tip_q tip_load_q(
+        const attn_args & a, const unit & u, float * q, const int * dims, float * tip, float * spare, F && meanwhile) {
+    const int lane = threadIdx.x%WARP_SIZE;
+    const int h    = threadIdx.x/WARP_SIZE;
 
+    const int  n_pad = a.n_dim_pad;
     const bool f16   = a.index_type == GGML_FASA_INDEX_F16;
-    const int  n_pad = (a.n_dim + 7)/8*8;
-    float * factor = head;
-    int   * offset = (int *) (head + a.n_slot);
 
-#pragma unroll 1
-    for (int h = warp; h < a.n_slot; h += TIP_WARP) {
-        if (h >= a.n_group) { // heads that only fill a slot
-#pragma unroll 1
-            for (int j = lane; j < n_pad; j += WARP_SIZE) {
-                if (f16) {
-                    q_tip[j*a.n_slot + h] = 0.0f;
-                } else if (j%4 == 0) {
-                    ((int *) q_tip)[j/4*a.n_slot + h] = 0;
-                }
-            }
-            if (lane == 0) {
-                factor[h] = 0.0f;
-                offset[h] = 0;
-            }
-            continue;
+    float * q_tip  = tip;
+    float * factor = q_tip + a.n_slot*n_pad;
+    int   * offset = (int *) (factor + a.n_slot);
+
+    const float * src = (const float *) (a.q + u.s*a.q_nb3 + u.t*a.q_nb1 + (u.g*a.n_group + min(h, a.n_group - 1))*a.q_nb2);
+    const bool in[2] = { h < a.n_slot && 4*lane < a.d_k, h < a.n_slot && 4*(lane + WARP_SIZE) < a.d_k };
+    float4 x[2];
+    if (in[0]) {
+        x[0] = *(const float4 *) (src + 4*lane);
+    }
+    if (in[1]) {
+        x[1] = *(const float4 *) (src + 4*(lane + WARP_SIZE));
+    }
+    meanwhile();
+    if (h < a.n_slot) {
+        const float on = h < a.n_group ? a.scale : 0.0f; // heads that only fill a slot
+        float * row = q + h*a.d_k;
+        if (in[0]) {
+            *(float4 *) (row + 4*lane) = x[0];
         }
-
-        const float * src = (const float *) (a.q + u.s*a.q_nb3 + u.t*a.q_nb1 + (u.g*a.n_group + h)*a.q_nb2);
-        float * row = q_rows + h*a.d_k;
-#pragma unroll 1
-        for (int i = 4*lane; i < a.d_k; i += 4*WARP_SIZE) {
-            *(float4 *) (row + i) = *(const float4 *) (src + i);
+        if (in[1]) {
+            *(float4 *) (row + 4*(lane + WARP_SIZE)) = x[1];
         }
         __syncwarp();
         if (a.hadamard) {
-            unrotate_warp(row, a.d_k, a.hadamard, lane);
+            row = unrotated(row, spare + h*a.d_k, a.d_k, a.hadamard);
         }
-
         if (f16) {
 #pragma unroll 1
             for (int j = lane; j < n_pad; j += WARP_SIZE) {
-                q_tip[j*a.n_slot + h] = j < a.n_dim ? row[dims[j]]*a.scale : 0.0f;
+                q_tip[j*a.n_slot + h] = j < a.n_dim ? row[dims[j]]*on*LOG2E : 0.0f;
             }
         } else {
             float top = 0.0f;
 #pragma unroll 1
             for (int j = lane; j < a.n_dim; j += WARP_SIZE) {
-                top = fmaxf(top, fabsf(__fmul_rn(row[dims[j]], a.scale)));
+                top = fmaxf(top, fabsf(__fmul_rn(row[dims[j]], on)));
             }
-#pragma unroll
-            for (int o = WARP_SIZE/2; o > 0; o /= 2) {
-                top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, o));
-            }
+            top = warp_max(top);
             const float inv = top >= FLT_MIN ? __fdiv_rn(127.0f, top) : 0.0f;
             int sum = 0;
 #pragma unroll 1
-            for (int w = lane; w < n_pad/4; w += WARP_SIZE) {
-                uint32_t word = 0;
-#pragma unroll
-                for (int b = 0; b < 4; ++b) {
-                    const int j = 4*w + b;
-                    const int v = j < a.n_dim ? (int) rintf(__fmul_rn(__fmul_rn(row[dims[j]], a.scale), inv)) : 0;
-                    sum  += v;
-                    word |= (uint32_t) (v & 0xFF) << 8*b;
-                }
-                ((uint32_t *) q_tip)[w*a.n_slot + h] = word;
+            for (int j = lane; j < n_pad; j += WARP_SIZE) {
+                const int v = j < a.n_dim ? (int) rintf(__fmul_rn(__fmul_rn(row[dims[j]], on), inv)) : 0;
+                ((int8_t *) q_tip)[(j/4*a.n_slot + h)*4 + j%4] = v;
+                sum += v;
             }
-#pragma unroll
-            for (int o = WARP_SIZE/2; o > 0; o /= 2) {
-                sum += __shfl_xor_sync(0xFFFFFFFFu, sum, o);
-            }
+            sum = warp_reduce_sum(sum);
             if (lane == 0) {
-                factor[h] = __fdiv_rn(top, 127.0f);
-                offset[h] = sum*(a.index_type == GGML_FASA_INDEX_Q4 ? 8 : 128);
+                factor[h] = __fdiv_rn(top, 127.0f)*LOG2E;
+                offset[h] = a.index_type == GGML_FASA_INDEX_Q4 ? 8*sum : 0;
             }
         }
     }
@@ -134,7 +120,8 @@ static __device__ __forceinline__ void load_heads(const int * p, int * x) {
 
 // Scores of four neighbouring cells for NH heads from h0 on. tile: the cells' tile; c: the first cell within it.
 template <int NH>
-static __device__ __forceinline__ void tip_cells_f16(const attn_args & a, const tip_q & q, int h0, const char * tile, int c, float (*s)[4]) {
+static __device__ __forceinline__ void tip_cells_f16(
+        const attn_args & a, const tip_q & q, int h0, const char * tile, int c, float (*s)[4]) {
 #pragma unroll
     for (int h = 0; h < NH; ++h) {
         s[h][0] = s[h][1] = s[h][2] = s[h][3] = 0.0f;
@@ -158,111 +145,130 @@ static __device__ __forceinline__ void tip_cells_f16(const attn_args & a, const 
     }
 }
 
-template <int NH, bool Q4>
-static __device__ __forceinline__ void tip_cells_int(const attn_args & a, const tip_q & q, int h0, const char * tile, int c, float (*s)[4]) {
-    const uint2   scales = *(const uint2 *) ((const half *) tile + c);
-    const uint4 * row    = (const uint4 *) ((const uint32_t *) (tile + GGML_FASA_TILE*sizeof(half)) + c);
-    const int     n_word = Q4 ? (a.n_dim + 7)/8 : (a.n_dim + 3)/4;
+// What a thread needs of four neighbouring cells, asked for ahead of time: their mask, and of an integer index their scales and
+// first words.
+template <int NH>
+struct tip_held {
+    static constexpr int N_WORD = 4;
 
-    int sum[NH][4] = {};
-#pragma unroll 4
-    for (int w = 0; w < n_word; ++w) {
-        const uint4 u = row[w*(GGML_FASA_TILE/4)];
-        const uint32_t x[4] = { u.x, u.y, u.z, u.w };
-        int qw[NH];
-        if constexpr (Q4) {
-            load_heads<NH>(q.words + 2*w*a.n_slot + h0, qw);
+    mask_four mask;
+    uint2     scales;
+    uint4     words[N_WORD];
+
+    // t: the first cell.
+    __device__ __forceinline__ void load(const attn_args & a, const char * plane, const char * mask_row, int t) {
+        mask.load(a, mask_row, t);
+        if (t < a.n_kv && a.index_type != GGML_FASA_INDEX_F16) {
+            const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
+            const int    c    = t%GGML_FASA_TILE;
+            scales = *(const uint2 *) ((const half *) tile + c);
+            const uint4 * row = (const uint4 *) ((const uint32_t *) (tile + GGML_FASA_TILE*sizeof(half)) + c);
 #pragma unroll
-            for (int h = 0; h < NH; ++h) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    sum[h][i] = dot4(x[i] & 0x0F0F0F0Fu, qw[h], sum[h][i]);
-                }
-            }
-            load_heads<NH>(q.words + (2*w + 1)*a.n_slot + h0, qw);
-#pragma unroll
-            for (int h = 0; h < NH; ++h) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    sum[h][i] = dot4((x[i] >> 4) & 0x0F0F0F0Fu, qw[h], sum[h][i]);
-                }
-            }
-        } else {
-            // bytes are signed here: x - 128 is what is summed, so no offset remains
-            load_heads<NH>(q.words + w*a.n_slot + h0, qw);
-#pragma unroll
-            for (int h = 0; h < NH; ++h) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    sum[h][i] = dot4(x[i] ^ 0x80808080u, qw[h], sum[h][i]);
+            for (int w = 0; w < N_WORD; ++w) {
+                if (w < a.n_word) {
+                    words[w] = row[w*(GGML_FASA_TILE/4)];
                 }
             }
         }
     }
+};
 
+// Adds word w of four cells.
+template <int NH, bool Q4>
+static __device__ __forceinline__ void tip_word(
+        const attn_args & a, const tip_q & q, int h0, int w, const uint4 & u, int (*sum)[4]) {
+    const uint32_t x[4] = { u.x, u.y, u.z, u.w };
+    int qw[NH];
+    if constexpr (Q4) {
+        load_heads<NH>(q.words + 2*w*a.n_slot + h0, qw);
+#pragma unroll
+        for (int h = 0; h < NH; ++h) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[h][i] = dot4(x[i] & 0x0F0F0F0Fu, qw[h], sum[h][i]);
+            }
+        }
+        load_heads<NH>(q.words + (2*w + 1)*a.n_slot + h0, qw);
+#pragma unroll
+        for (int h = 0; h < NH; ++h) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[h][i] = dot4((x[i] >> 4) & 0x0F0F0F0Fu, qw[h], sum[h][i]);
+            }
+        }
+    } else {
+        // bytes are signed here: x - 128 is what is summed, so no offset remains
+        load_heads<NH>(q.words + w*a.n_slot + h0, qw);
+#pragma unroll
+        for (int h = 0; h < NH; ++h) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[h][i] = dot4(x[i] ^ 0x80808080u, qw[h], sum[h][i]);
+            }
+        }
+    }
+}
+
+template <int NH, bool Q4>
+static __device__ __forceinline__ void tip_cells_int(
+        const attn_args & a, const tip_q & q, int h0, const tip_held<NH> & held, const char * tile, int c, float (*s)[4]) {
+    int sum[NH][4];
+#pragma unroll
+    for (int h = 0; h < NH; ++h) {
+        sum[h][0] = sum[h][1] = sum[h][2] = sum[h][3] = -q.offset[h0 + h];
+    }
+#pragma unroll
+    for (int w = 0; w < held.N_WORD; ++w) {
+        if (w < a.n_word) {
+            tip_word<NH, Q4>(a, q, h0, w, held.words[w], sum);
+        }
+    }
+    const uint4 * row = (const uint4 *) ((const uint32_t *) (tile + GGML_FASA_TILE*sizeof(half)) + c);
+#pragma unroll 4
+    for (int w = held.N_WORD; w < a.n_word; ++w) {
+        tip_word<NH, Q4>(a, q, h0, w, row[w*(GGML_FASA_TILE/4)], sum);
+    }
+
+    const uint2  scales = held.scales;
     const float2 lo = __half22float2(*(const half2 *) &scales.x);
     const float2 hi = __half22float2(*(const half2 *) &scales.y);
     const float d[4] = { lo.x, lo.y, hi.x, hi.y };
 #pragma unroll
     for (int h = 0; h < NH; ++h) {
         const float factor = q.factor[h0 + h];
-        const int   offset = Q4 ? q.offset[h0 + h] : 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            s[h][i] = __fmul_rn(__fmul_rn(factor, d[i]), (float) (sum[h][i] - offset));
+            s[h][i] = __fmul_rn(__fmul_rn(factor, d[i]), (float) sum[h][i]);
         }
     }
 }
 
-// Asks for the index of a band. May run before the kernels that this one depends on have ended.
-static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const char * plane, int t) {
+// Asks for the index of the block's cells. May run before the kernels that this one depends on have ended.
+static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-    const int n_tile = min(BAND/GGML_FASA_TILE, (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE - t/GGML_FASA_TILE);
-    if (threadIdx.x%WARP_SIZE == 0 && n_tile > 0) {
-        const char * from = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(n_tile*a.tile_size));
+#pragma unroll 1
+    for (int i = GGML_FASA_TILE*threadIdx.x; i < a.n_run; i += GGML_FASA_TILE*FAC_THREAD) {
+        const int t = cell_of(a, u, i);
+        if (t < a.n_kv) {
+            const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(tile), "r"(a.tile_size));
+        }
     }
 #endif
     GGML_UNUSED(a);
+    GGML_UNUSED(u);
     GGML_UNUSED(plane);
-    GGML_UNUSED(t);
 }
 
-// grid: n_scan blocks of TIP_WARP warps for each unit. NH: heads scored at once.
-template <int NH, int TYPE>
-__global__ void __launch_bounds__(TIP_WARP*WARP_SIZE, NH > 4 ? 2 : 3) fasa_tip(const attn_args a) {
-    extern __shared__ float4 shared4[];
-    __shared__ float2 part[TIP_WARP][NH];
-
+// Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, -inf of hidden cells; the block's softmax sums
+// into a.softmax. Of the first head the lowest bit says whether the cell is forced: a score is not known that well. NH: heads
+// scored at once. held: of the thread's first cells.
+template <int NH>
+static __device__ __forceinline__ void tip_scores(
+        const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held<NH> & held,
+        float2 (*sums)[FAC_WARP], float * score) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
-    const int at_u = blockIdx.y;
-    const unit u(a, a.unit0 + at_u);
-
-    const char * plane = a.index + u.s*a.index_nb3 + u.g*a.index_nb2;
-    for (int t = (blockIdx.x*TIP_WARP + warp)*BAND; t < a.n_pad; t += a.n_scan*TIP_WARP*BAND) {
-        tip_prefetch(a, plane, t);
-    }
-    for (int j = threadIdx.x; j < a.n_dim; j += TIP_WARP*WARP_SIZE) { // no kernel writes them
-        ((int *) shared4)[j] = a.dims[u.g*a.n_dim + j];
-    }
-    __syncthreads();
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc();
-
-    const char * mask  = a.mask  + u.s*a.mask_nb3  + u.t*a.mask_nb1;
-    float      * score = a.score + (size_t) at_u*a.n_group*a.n_pad;
-
-    if (blockIdx.x == 0) {
-        for (int b = threadIdx.x; b < N_BIN; b += TIP_WARP*WARP_SIZE) {
-            a.hist[at_u*N_BIN + b] = 0;
-        }
-        if (threadIdx.x == 0) {
-            a.sync[at_u] = {};
-        }
-    }
-
-    const tip_q q = tip_load_q(a, u, (float *) shared4);
 
 #pragma unroll 1
     for (int h0 = 0; h0 < a.n_group; h0 += NH) {
@@ -270,64 +276,66 @@ __global__ void __launch_bounds__(TIP_WARP*WARP_SIZE, NH > 4 ? 2 : 3) fasa_tip(c
         float z[NH];
 #pragma unroll
         for (int h = 0; h < NH; ++h) {
-            m[h] = -INFINITY;
+            m[h] = SCORE_NONE;
             z[h] = 0.0f;
         }
 #pragma unroll 1
-        for (int t = (blockIdx.x*TIP_WARP + warp)*BAND + 4*lane; t < a.n_pad; t += a.n_scan*TIP_WARP*BAND) {
-            mask_four four;
-            four.load(a, mask, t);
+        for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
+            const int t = cell_of(a, u, i);
             float s[NH][4] = {};
             if (t < a.n_kv) {
                 const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
                 const int    c    = t%GGML_FASA_TILE;
-                if constexpr (TYPE == GGML_FASA_INDEX_F16) {
-                    tip_cells_f16<NH>(a, q, h0, tile, c, s);
-                } else {
-                    tip_cells_int<NH, TYPE == GGML_FASA_INDEX_Q4>(a, q, h0, tile, c, s);
+                switch (a.index_type) {
+                    case GGML_FASA_INDEX_F16: tip_cells_f16<NH>       (a, q, h0, tile, c, s); break;
+                    case GGML_FASA_INDEX_Q8:  tip_cells_int<NH, false>(a, q, h0, held, tile, c, s); break;
+                    default:                  tip_cells_int<NH, true> (a, q, h0, held, tile, c, s); break;
                 }
             }
-            const uint32_t bits = four.bits(a, mask, t);
+            const uint32_t bits = held.mask.bits(a, mask, t);
+            if (h0 == 0) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    s[0][c] = __uint_as_float((__float_as_uint(s[0][c]) & ~1u) | (bits >> c >> 4 & 1));
+                }
+            }
+            const int next = i + 4*FAC_THREAD < a.n_run ? i + 4*FAC_THREAD : 4*threadIdx.x;
+            if (next > i || h0 + NH < a.n_group) {
+                held.load(a, plane, mask, cell_of(a, u, next));
+            }
+            if (bits != 0) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+#pragma unroll
+                    for (int h = 0; h < NH; ++h) {
+                        s[h][c] = bits >> c & 0x01 ? -INFINITY : s[h][c];
+                    }
+                }
+            }
 #pragma unroll
             for (int h = 0; h < NH; ++h) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    s[h][i] = bits >> i & 1 ? -INFINITY : s[h][i]*LOG2E;
-                }
+                const float now = fmaxf(m[h], fmaxf(fmaxf(s[h][0], s[h][1]), fmaxf(s[h][2], s[h][3])));
+                z[h] = z[h]*exp2f(m[h] - now) +
+                    ((exp2f(s[h][0] - now) + exp2f(s[h][1] - now)) + (exp2f(s[h][2] - now) + exp2f(s[h][3] - now)));
+                m[h] = now;
                 if (h0 + h < a.n_group) {
-                    *(float4 *) (score + (size_t) (h0 + h)*a.n_pad + t) = make_float4(s[h][0], s[h][1], s[h][2], s[h][3]);
-                }
-                const float top = fmaxf(fmaxf(s[h][0], s[h][1]), fmaxf(s[h][2], s[h][3]));
-                if (top > -INFINITY) {
-                    const float now = fmaxf(m[h], top);
-                    z[h] = z[h]*exp2f(m[h] - now) +
-                        ((exp2f(s[h][0] - now) + exp2f(s[h][1] - now)) + (exp2f(s[h][2] - now) + exp2f(s[h][3] - now)));
-                    m[h] = now;
+                    *(float4 *) (score + (h0 + h)*a.n_run + i) = make_float4(s[h][0], s[h][1], s[h][2], s[h][3]);
                 }
             }
         }
 #pragma unroll
         for (int h = 0; h < NH; ++h) {
-            const float all = warp_max(m[h]);
-            const float sum = warp_sum(m[h] > -INFINITY ? z[h]*exp2f(m[h] - all) : 0.0f);
+            const float2 sum = softmax_sum(make_float2(m[h], z[h]));
             if (lane == 0) {
-                part[warp][h] = make_float2(all, sum);
+                sums[h][warp] = sum;
             }
         }
         __syncthreads();
-        if (threadIdx.x < NH && h0 + threadIdx.x < a.n_group) {
-            float all = -INFINITY;
-#pragma unroll
-            for (int w = 0; w < TIP_WARP; ++w) {
-                all = fmaxf(all, part[w][threadIdx.x].x);
+        if (warp < NH && h0 + warp < a.n_group) {
+            const float2 sum = softmax_sum(lane < FAC_WARP ? sums[warp][lane] : make_float2(SCORE_NONE, 0.0f));
+            if (lane == 0) {
+                __stcg(a.softmax + ((size_t) u.at*a.n_part + u.rank)*a.n_group + h0 + warp, sum);
             }
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < TIP_WARP; ++w) {
-                const float2 p = part[w][threadIdx.x];
-                sum += p.x > -INFINITY ? p.y*exp2f(p.x - all) : 0.0f;
-            }
-            a.softmax[((size_t) at_u*a.n_scan + blockIdx.x)*a.n_group + h0 + threadIdx.x] = make_float2(all, sum);
         }
         __syncthreads();
     }
