@@ -339,9 +339,20 @@ def test_dense_layers_and_defaults(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=3, head_size=96, n_head=2))
     assert run(model) == 0
     assert stored(model)["n_tip"] == [24] * 3  # one layer in fifteen would be none
+    assert "index_type" not in stored(model)
     for n_dense in (1, 2, 9):  # one layer at least is left to FASA
         assert run(model, "--dense-layers", str(n_dense)) == 0
         assert stored(model)["n_tip"].count(0) == min(n_dense, 2)
+
+
+def test_defaults_of_large_heads(tmp_path):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=2, head_size=256, n_head=2))
+    assert run(model) == 0
+    assert stored(model)["n_tip"] == [32] * 2 and stored(model)["index_type"] == "q8"
+    assert run(model, "--index-type", "f16") == 0
+    assert stored(model)["n_tip"] == [64] * 2 and stored(model)["index_type"] == "f16"
+    assert run(model, "--n-tip", "20") == 0
+    assert stored(model)["n_tip"] == [20] * 2 and "index_type" not in stored(model)
 
 
 def test_target_kld_stores_the_smallest_budget_that_meets_it(tmp_path, capsys):

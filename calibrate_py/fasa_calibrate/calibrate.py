@@ -12,6 +12,8 @@ from .errors import CalibrateError
 
 DENSE_SHARE = 15
 TIP_SHARE = 4
+LARGE_HEAD = 256
+LARGE_TIP_SHARE, LARGE_INDEX_TYPE = 8, "q8"
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,13 @@ class Options:
     """What decides the result, for a given model and text."""
 
     criterion: str = "mass"
-    n_tip: Optional[int] = None  # or all FCs of a head that has fewer; None: head size / TIP_SHARE
+    n_tip: Optional[int] = None  # or all FCs of a head that has fewer; None: see default_index
     rules: Rules = field(default_factory=Rules)
     n_ctx: int = 4096
     n_query: int = 32
     n_dense: Optional[int] = None  # layers to leave dense, None for one in DENSE_SHARE of those that FASA can serve
     seed: int = 0
+    index_type: Optional[str] = None  # type of the index to recommend; None: see default_index
 
 
 @dataclass
@@ -44,6 +47,17 @@ class Calibration:
     quality: dict
     n_tokens: int
     n_query: int
+    index_type: Optional[str] = None  # recommended
+
+
+def default_index(head_size):
+    """FCs of a head, and the recommended type of their index, None for what the runtime takes.
+
+    Either way the index is just below 1/14 of f16 K and V: few FCs in 8 bits lose less of a large head than many in 4.
+    """
+    if head_size >= LARGE_HEAD:
+        return head_size // LARGE_TIP_SHARE, LARGE_INDEX_TYPE
+    return head_size // TIP_SHARE, None
 
 
 def query_positions(n_tokens, n_query, budget, seed):
@@ -71,12 +85,14 @@ def calibrate(model, text, options, n_threads, progress=None, held_out=0):
             f" {2 * rules.budget}"
         )
     positions = query_positions(len(tokens), options.n_query, rules.budget, options.seed)
-    result = Calibration(rope, model.n_layer, {}, {}, {}, {}, {}, len(tokens), len(positions))
+    result = Calibration(rope, model.n_layer, {}, {}, {}, {}, {}, len(tokens), len(positions), options.index_type)
 
     def visit(attention):
         result.n_rot[attention.layer] = attention.n_rot
         result.n_head_kv[attention.layer] = len(attention.k)
         if attention.full and attention.rope is not None:
+            if options.n_tip is None and options.index_type is None:
+                result.index_type = default_index(attention.k.shape[-1])[1] or result.index_type
             heads = _choose_layer(attention, positions, options, pool)
             result.fcs[attention.layer], result.centers[attention.layer], of_heads = map(list, zip(*heads))
             result.quality[attention.layer] = sum(of_heads, Quality())
@@ -104,8 +120,9 @@ def _choose_layer(attention, positions, options, pool):
         raise CalibrateError(f"layer {attention.layer} rotates {attention.n_rot} dims, which is not supported")
     n_head_kv = len(attention.k)
     n_group = attention.q.shape[1] // n_head_kv
-    # in 4 bits an index of that many is just below 1/14 of f16 K and V, whatever the head size
-    n_tip = min(options.n_tip or attention.k.shape[-1] // TIP_SHARE, attention.n_rot // 2)
+    head_size = attention.k.shape[-1]
+    n_default = default_index(head_size)[0] if options.index_type is None else head_size // TIP_SHARE
+    n_tip = min(options.n_tip or n_default, attention.n_rot // 2)
 
     def choose(head):
         heads = slice(head * n_group, (head + 1) * n_group)

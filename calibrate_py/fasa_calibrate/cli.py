@@ -9,7 +9,16 @@ from importlib import resources
 from tqdm import tqdm
 
 from . import __version__
-from .calibrate import DENSE_SHARE, TIP_SHARE, Options, calibrate, sha256_text
+from .calibrate import (
+    DENSE_SHARE,
+    LARGE_HEAD,
+    LARGE_INDEX_TYPE,
+    LARGE_TIP_SHARE,
+    TIP_SHARE,
+    Options,
+    calibrate,
+    sha256_text,
+)
 from .criteria import CRITERIA, Rules
 from .errors import CalibrateError
 from .gguf_file import read_gguf, read_parts
@@ -53,7 +62,7 @@ def build_parser():
         help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
         " paper's contextual agreement; random, a control (default: %(default)s)")
     add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip,
-        help=f"FCs per head (default: the head size divided by {TIP_SHARE})")
+        help=f"FCs per head (default: the head size divided by {TIP_SHARE}, by {LARGE_TIP_SHARE} from {LARGE_HEAD} on)")
     add("--n-ctx", type=integer(1), metavar="N", default=options.n_ctx,
         help="most tokens of the text to use (default: %(default)s)")
     add("--n-query", type=integer(1), metavar="N", default=options.n_query,
@@ -70,7 +79,8 @@ def build_parser():
         help="store the smallest budget whose mean KL divergence from dense is at most X; a quarter of the text is kept for"
         " measuring that")
     add("--index-type", choices=INDEX_TYPES,
-        help="store this as the recommended type of the index (default: none, the runtime's default)")
+        help="store this as the recommended type of the index (default: with heads of"
+        f" {LARGE_HEAD} and more, and no --n-tip, {LARGE_INDEX_TYPE}, else none, the runtime's default)")
     add("--dense-layers", type=integer(0), metavar="N", default=options.n_dense,
         help="layers that stay dense, those whose output FASA would change most"
         f" (default: one in {DENSE_SHARE} of the layers that it can serve)")
@@ -191,7 +201,9 @@ def _read_text(path):
 
 def _calibrate(args, parts, rules):
     text, text_name = _read_text(args.text)
-    options = Options(args.criterion, args.n_tip, rules, args.n_ctx, args.n_query, args.dense_layers, args.seed)
+    options = Options(
+        args.criterion, args.n_tip, rules, args.n_ctx, args.n_query, args.dense_layers, args.seed, args.index_type
+    )
     llama_cpp = load_llama_cpp()
     with Model(llama_cpp, args.model, args.n_gpu_layers, args.verbose) as model:
         with _bar(args, "calibrating", model.n_layer, unit="layer") as bar:
@@ -204,7 +216,7 @@ def _calibrate(args, parts, rules):
     sha256 = sha256_text(text)
 
     def keys_with(budget):
-        return fasa_keys(parts[0], of_model, result, options, text_name, sha256, budget, args.index_type)
+        return fasa_keys(parts[0], of_model, result, options, text_name, sha256, budget)
 
     n_tip = {len(heads[0]) for heads in result.fcs.values()}
     note = (

@@ -20,10 +20,10 @@ _SAMPLE, _N_SAMPLE = 256, 8  # bytes, samples of a tensor
 _QK_WEIGHT = re.compile(r"blk\.\d+\.attn_(q|k|qkv)(_norm)?\.(weight|bias)$")
 
 
-def fasa_keys(gguf, fingerprint, calibration, options, text_name, text_sha256, budget, index_type=None):
+def fasa_keys(gguf, fingerprint, calibration, options, text_name, text_sha256, budget):
     """[(name, kind, value), ...] in the order of docs/metadata.md; kind is U32, STRING or ARRAY (of I32 or F32).
 
-    fingerprint: of the model; budget, index_type: recommendations to store, None for none
+    fingerprint: of the model; budget: recommendation to store, None for none
     """
     layers = range(calibration.n_layer)
     fcs = [calibration.fcs.get(il, []) for il in layers]
@@ -45,8 +45,8 @@ def fasa_keys(gguf, fingerprint, calibration, options, text_name, text_sha256, b
         ("n_sink", U32, rules.n_sink),
         ("n_recent", U32, rules.n_recent),
     ]
-    if index_type is not None:
-        keys.append(("index_type", STRING, index_type))
+    if calibration.index_type is not None:
+        keys.append(("index_type", STRING, calibration.index_type))
     keys += [
         ("calibration.tool", STRING, f"fasa-calibrate {__version__}"),
         ("calibration.criterion", STRING, options.criterion),
