@@ -1,7 +1,7 @@
 // Stage fac on CUDA: exact attention of one KV group over the selected cells, paper section 4.2.
 //
-// The blocks of a unit each attend to the cells selected out of their own, and the first one merges, in a fixed order, so that
-// results repeat bit by bit.
+// The blocks of a unit each attend to the cells selected out of their own, then each merges a piece of the output, in a fixed
+// order, so that results repeat bit by bit.
 
 #pragma once
 

@@ -17,15 +17,15 @@ constexpr float LOG2E = 1.44269504f;
 constexpr uint32_t KEY_HIDDEN = 0;
 constexpr uint32_t KEY_FORCED = 0x7F800001;
 
-// Bins of the histogram: 64 for each power of two from 2^-24 on (scores are at most n_group), where flat heads have their
-// scores close together, 2 for each from 2^-122 on, as sharp heads need, one for all that is smaller, and one for the forced cells.
+// Bins of the histogram: 64 for each power of two from 2^-24 on (importance is at most n_group), where flat heads have theirs
+// close together, 2 for each from 2^-122 on, as sharp heads need, one for all that is smaller, and one for the forced cells.
 constexpr int      FINE_SHIFT   = 17;
 constexpr int      COARSE_SHIFT = 22;
 constexpr uint32_t FINE_FIRST   = (127 - 24)  << 23;
 constexpr uint32_t COARSE_FIRST = (127 - 122) << 23;
 constexpr int      N_COARSE     = (FINE_FIRST - COARSE_FIRST) >> COARSE_SHIFT;
 constexpr int      BIN_FORCED   = N_BIN - 1;
-static_assert(N_COARSE + (((127 + 4) << 23) - FINE_FIRST >> FINE_SHIFT) < BIN_FORCED, "scores reach 16");
+static_assert(N_COARSE + (((127 + 4) << 23) - FINE_FIRST >> FINE_SHIFT) < BIN_FORCED, "importance reaches 16");
 
 // Of a key that is not hidden.
 static __device__ __forceinline__ int bin_of(uint32_t key) {
@@ -40,7 +40,7 @@ static __device__ __forceinline__ uint32_t bin_base(int bin) {
         bin < N_COARSE ? COARSE_FIRST + ((uint32_t) bin << COARSE_SHIFT) : FINE_FIRST + ((uint32_t) (bin - N_COARSE) << FINE_SHIFT);
 }
 
-constexpr int MAX_PART   = 16;  // blocks of a unit: their results fit into registers
+constexpr int MAX_PART   = 16;  // blocks of a unit: a warp looks at what each offers
 constexpr int FAC_THREAD = 512; // threads of a block
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
@@ -132,7 +132,7 @@ static __device__ __forceinline__ int cell_of(const attn_args & a, const unit & 
 }
 
 // The blocks of a unit wait for each other: all of them are on the device together (see run_attn). What they wrote before they
-// arrived is visible after the wait, to loads that bypass L1 (__ldcg).
+// arrived is visible after the wait.
 static __device__ __forceinline__ void unit_arrive(const attn_args & a, const unit & u, int turn) {
     __syncthreads();
     if (a.n_part > 1 && threadIdx.x == 0) {
