@@ -21,13 +21,13 @@ class Options:
     """What decides the result, for a given model and text."""
 
     criterion: str = "mass"
-    n_tip: Optional[int] = None  # or all FCs of a head that has fewer; None: see default_index
+    n_tip: Optional[int] = None  # or all FCs of a head that has fewer; None: see index_of
     rules: Rules = field(default_factory=Rules)
     n_ctx: int = 4096
     n_query: int = 32
     n_dense: Optional[int] = None  # layers to leave dense, None for one in DENSE_SHARE of those that FASA can serve
     seed: int = 0
-    index_type: Optional[str] = None  # type of the index to recommend; None: see default_index
+    index_type: Optional[str] = None  # type of the index to recommend; None: see index_of
 
 
 @dataclass
@@ -50,14 +50,15 @@ class Calibration:
     index_type: Optional[str] = None  # recommended
 
 
-def default_index(head_size):
+def index_of(options, head_size):
     """FCs of a head, and the recommended type of their index, None for what the runtime takes.
 
-    Either way the index is just below 1/14 of f16 K and V: few FCs in 8 bits lose less of a large head than many in 4.
+    Left to us, the index is just below 1/14 of f16 K and V at any head size; few FCs in 8 bits serve a large head at least
+    as well as many in 4 (docs/quality.md).
     """
-    if head_size >= LARGE_HEAD:
+    if options.n_tip is None and options.index_type is None and head_size >= LARGE_HEAD:
         return head_size // LARGE_TIP_SHARE, LARGE_INDEX_TYPE
-    return head_size // TIP_SHARE, None
+    return options.n_tip or head_size // TIP_SHARE, options.index_type
 
 
 def query_positions(n_tokens, n_query, budget, seed):
@@ -85,14 +86,13 @@ def calibrate(model, text, options, n_threads, progress=None, held_out=0):
             f" {2 * rules.budget}"
         )
     positions = query_positions(len(tokens), options.n_query, rules.budget, options.seed)
-    result = Calibration(rope, model.n_layer, {}, {}, {}, {}, {}, len(tokens), len(positions), options.index_type)
+    result = Calibration(rope, model.n_layer, {}, {}, {}, {}, {}, len(tokens), len(positions))
 
     def visit(attention):
         result.n_rot[attention.layer] = attention.n_rot
         result.n_head_kv[attention.layer] = len(attention.k)
         if attention.full and attention.rope is not None:
-            if options.n_tip is None and options.index_type is None:
-                result.index_type = default_index(attention.k.shape[-1])[1] or result.index_type
+            result.index_type = result.index_type or index_of(options, attention.k.shape[-1])[1]
             heads = _choose_layer(attention, positions, options, pool)
             result.fcs[attention.layer], result.centers[attention.layer], of_heads = map(list, zip(*heads))
             result.quality[attention.layer] = sum(of_heads, Quality())
@@ -120,9 +120,7 @@ def _choose_layer(attention, positions, options, pool):
         raise CalibrateError(f"layer {attention.layer} rotates {attention.n_rot} dims, which is not supported")
     n_head_kv = len(attention.k)
     n_group = attention.q.shape[1] // n_head_kv
-    head_size = attention.k.shape[-1]
-    n_default = default_index(head_size)[0] if options.index_type is None else head_size // TIP_SHARE
-    n_tip = min(options.n_tip or n_default, attention.n_rot // 2)
+    n_tip = min(index_of(options, attention.k.shape[-1])[0], attention.n_rot // 2)
 
     def choose(head):
         heads = slice(head * n_group, (head + 1) * n_group)

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     const uint32_t * key = (const uint32_t *) score;
 
     const char * mask = a.mask + u.s*a.mask_nb3 + u.t*a.mask_nb1;
-    tip_held<NH> first;
+    tip_held first;
     const tip_q q = tip_load_q(a, u, shared + a.at.q, dims, shared + a.at.tip, shared + a.at.score, [&] {
         first.load(a, plane, mask, cell_of(a, u, 4*threadIdx.x));
     });
@@ -242,8 +242,8 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.n_dim     = dims->ne[0];
     a.budget    = std::min(ggml_get_op_params_i32(dst, GGML_FASA_OP_PARAM_BUDGET), a.n_kv);
 
-    a.n_fac  = a.n_group == 1 ? 1 : a.n_group == 2 ? 2 : a.n_group <= 4 ? 4 : 8;
-    a.n_slot = GGML_PAD(a.n_group, a.n_fac);
+    a.n_fac     = a.n_group == 1 ? 1 : a.n_group == 2 ? 2 : a.n_group <= 4 ? 4 : 8;
+    a.n_slot    = GGML_PAD(a.n_group, a.n_fac);
     a.n_dim_pad = GGML_PAD(a.n_dim, 8);
     a.n_word    = a.index_type == GGML_FASA_INDEX_Q4 ? a.n_dim_pad/8 : (a.n_dim + 3)/4;
     a.div_d_v   = init_fastdiv_values(a.d_v);
@@ -263,7 +263,7 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     while (1 << a.part_log2 < a.n_part) {
         a.part_log2++;
     }
-    a.n_run  = (n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
+    a.n_run = (n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
 
     a.row_size = ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(k->buffer)) ? 0 :
         std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));

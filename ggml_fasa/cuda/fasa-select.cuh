@@ -54,7 +54,7 @@ static __device__ __forceinline__ uint32_t block_scan(uint32_t x, uint32_t * war
 }
 
 // The largest bin b with hist[b] + hist[b + 1] + ... >= need, and the count beyond b; if all bins hold less than need, b is -1.
-// n_bin: a multiple of 4, at most 4 for each thread. hist: written before; not by way of L1 if in global memory.
+// n_bin: a multiple of 4, at most 4 for each thread.
 struct bin_found {
     int      bin;
     uint32_t above;

@@ -147,7 +147,6 @@ static __device__ __forceinline__ void tip_cells_f16(
 
 // What a thread needs of four neighbouring cells, asked for ahead of time: their mask, and of an integer index their scales and
 // first words.
-template <int NH>
 struct tip_held {
     static constexpr int N_WORD = 4;
 
@@ -211,7 +210,7 @@ static __device__ __forceinline__ void tip_word(
 
 template <int NH, bool Q4>
 static __device__ __forceinline__ void tip_cells_int(
-        const attn_args & a, const tip_q & q, int h0, const tip_held<NH> & held, const char * tile, int c, float (*s)[4]) {
+        const attn_args & a, const tip_q & q, int h0, const tip_held & held, const char * tile, int c, float (*s)[4]) {
     int sum[NH][4];
 #pragma unroll
     for (int h = 0; h < NH; ++h) {
@@ -265,7 +264,7 @@ static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const u
 // scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
-        const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held<NH> & held,
+        const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held & held,
         float2 (*sums)[FAC_WARP], float * score) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
