@@ -18,8 +18,8 @@
 #include "fasa-tip.cuh"
 #include "ggml-fasa-mapped.h"
 
-#include <atomic>
-#include <random>
+#include <map>
+#include <mutex>
 
 namespace fasa {
 
@@ -28,6 +28,59 @@ namespace fasa {
 #else
 #define FASA_KERNEL_ARG const __grid_constant__ attn_args // functions that are not inlined take its address
 #endif
+
+// The head's dims and their center that a lane of any warp deals with, number lane + 32*i; for more than these two, tip_load_q reads
+// on.
+struct held_dims {
+    int   dim[2];
+    float center[2];
+
+    __device__ __forceinline__ void load(const attn_args & a, const unit & u) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int j = threadIdx.x%WARP_SIZE + i*WARP_SIZE;
+            dim[i]    = j < a.n_dim ? a.dims[u.g*a.n_dim + j] : 0;
+            center[i] = j < a.n_dim && a.write.center ? a.write.center[u.g*a.n_dim + j] : 0.0f;
+        }
+    }
+};
+
+// Stage index_cache for the cells that this step wrote K to and that are the block's, by one warp. written: [n_write] of shared
+// memory, those cells, else -1. ids: of lane i that of cell i.
+static __device__ __forceinline__ void write_cells(
+        const attn_args & a, const unit & u, const held_dims & held, uint32_t ids, int * written) {
+    const int lane = threadIdx.x%WARP_SIZE;
+#pragma unroll 1
+    for (int i = 0; i < a.write.n_write; ++i) {
+        const uint32_t id   = __shfl_sync(0xFFFFFFFFu, ids, i);
+        const uint32_t s    = id/(uint32_t) a.write.n_cells;
+        const uint32_t cell = id - s*(uint32_t) a.write.n_cells;
+        const bool     mine = s == u.s + a.write_stream && cell/GGML_FASA_TILE%a.n_part == u.rank;
+        if (lane == 0) {
+            written[i] = mine ? (int) cell : -1;
+        }
+        if (mine) {
+            const half * row = (const half *) (a.write.k + id*a.write.k_nb1 + u.g*a.write.k_head);
+            float x[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                x[e] = lane + e*WARP_SIZE < a.n_dim ? __fsub_rn(__half2float(row[held.dim[e]]), held.center[e]) : 0.0f;
+            }
+            char * tile = a.write.index + s*a.index_nb3 + u.g*a.index_nb2 + (size_t) (cell/GGML_FASA_TILE)*a.tile_size;
+            index_put(a.write, tile, cell%GGML_FASA_TILE, x, lane);
+        }
+    }
+}
+
+// Whether one of the cells t .. t + 3 was written, t a multiple of 4.
+static __device__ __forceinline__ bool is_written(const attn_args & a, const int * written, int t) {
+    bool is = false;
+#pragma unroll 1
+    for (int i = 0; i < a.write.n_write; ++i) {
+        is = is || (written[i] & ~3) == t;
+    }
+    return is;
+}
 
 // grid: n_part blocks for each KV head and query row, those of a unit on the device together. NH: heads served at once.
 template <int NH, int LANES, row_source ROWS>
@@ -38,13 +91,12 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     const unit u(a);
     float * shared = (float *) shared4;
 
-    // no kernel writes dims, and the index but for few cells is older than the kernel before
+    // no kernel writes dims and ids, and the index but for few cells is older than the kernel before
     const char * plane = a.index + u.s*a.index_nb3 + u.g*a.index_nb2;
     tip_prefetch(a, u, plane);
-    int * dims = (int *) (shared + a.at.dims);
-    if (threadIdx.x < a.n_dim) {
-        dims[threadIdx.x] = a.dims[u.g*a.n_dim + threadIdx.x];
-    }
+    held_dims dims;
+    dims.load(a, u);
+    const uint32_t ids = threadIdx.x%WARP_SIZE < a.write.n_write ? a.write.cells[threadIdx.x%WARP_SIZE] : 0;
     ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {
         sh.n_own = sh.n_cand = sh.n_offer = 0;
@@ -59,16 +111,26 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
             __stcg(&a.sync[u.at].n_done, 0);
         }
     }
+    if (threadIdx.x < OFFER) { // others read so many
+        __stcg((unsigned long long *) a.cand + ((size_t) u.at*a.n_part + u.rank)*a.n_run + threadIdx.x, 0);
+    }
     const size_t block = (size_t) u.at*a.n_part + u.rank;
     float   * score = a.score_len > 0 ? shared + a.at.score : a.score + block*a.n_group*a.n_run;
     int32_t * list  = a.list_len  > 0 ? (int32_t *) (shared + a.at.list) : a.list + block*a.budget;
     const uint32_t * key = (const uint32_t *) score;
 
     const char * mask = a.mask + u.s*a.mask_nb3 + u.t*a.mask_nb1;
-    tip_held first;
-    const tip_q q = tip_load_q(a, u, shared + a.at.q, dims, shared + a.at.tip, shared + a.at.score, [&] {
-        first.load(a, plane, mask, cell_of(a, u, 4*threadIdx.x));
+    const int t = cell_of(a, u, 4*threadIdx.x);
+    tip_held  first;
+    const tip_q q = tip_load_q(a, u, dims.dim, shared + a.at.q, shared + a.at.tip, shared + a.at.score, [&] {
+        first.load(a, plane, mask, t);
+        if (a.write.n_write > 0 && threadIdx.x/WARP_SIZE == FAC_WARP - 1) {
+            write_cells(a, u, dims, ids, sh.written);
+        }
     });
+    if (is_written(a, sh.written, t)) {
+        first.load(a, plane, mask, t);
+    }
     tip_scores<NH>(a, u, q, plane, mask, first, sh.sums, score);
     unit_arrive(a, u, 1);
     row_cache cache;
@@ -163,8 +225,7 @@ static attn_layout layout_of(const attn_args & a) {
 
     attn_layout l;
     l.q     = 0;
-    l.dims  = l.q    + a.n_slot*a.d_k;
-    l.tip   = l.dims + a.n_dim_pad;
+    l.tip   = l.q    + a.n_slot*a.d_k;
     l.list  = l.tip  + GGML_PAD(a.n_slot*(a.n_dim_pad + 2), 4);
     l.rows  = l.list + GGML_PAD(a.list_len, 4);
     l.score = l.rows + row_shared(a.rows, a.list_len);
@@ -181,7 +242,7 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
     };
     take(a.softmax, (size_t) a.n_part*a.n_group);
     take(a.hist,    N_BIN);
-    take(a.sync,    1);
+    take(a.sync,    a.n_part > 1 ? 0 : 1);
     take(a.cand,    (size_t) a.n_part*a.n_run);
     take(a.score,   a.score_len > 0 ? 0 : (size_t) a.n_part*a.n_group*a.n_run);
     take(a.list,    a.list_len  > 0 ? 0 : (size_t) a.n_part*a.budget);
@@ -189,13 +250,20 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
     return at;
 }
 
-// A number that no memory holds by chance, see unit_sync.
-static uint64_t next_tag() {
-    static std::atomic<uint64_t> next{ (uint64_t) std::random_device{}() << 32 | std::random_device{}() };
-    uint64_t x = next++;
-    x = (x ^ (x >> 31))*0x9E3779B97F4A7C15;
-    x = (x ^ (x >> 29))*0xD6E8FEB86659FD93;
-    return x & ~(uint64_t) 15;
+// Memory of a stream where blocks meet, for as many units as there are multiprocessors, all 0 whenever no kernel is at work in
+// the stream. It stays: a stream that comes later under the same handle takes it over.
+static unit_sync * meeting_place(int device, cudaStream_t stream) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, cudaStream_t>, unit_sync *> places;
+
+    const std::lock_guard<std::mutex> lock(mutex);
+    unit_sync * & place = places[{ device, stream }];
+    if (!place) {
+        const size_t size = ggml_cuda_info().devices[device].nsm*sizeof(unit_sync);
+        CUDA_CHECK(cudaMalloc(&place, size));
+        CUDA_CHECK(cudaMemsetAsync(place, 0, size, stream));
+    }
+    return place;
 }
 
 static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -206,6 +274,7 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[GGML_FASA_SRC_SINKS];
     const ggml_tensor * index = dst->src[GGML_FASA_SRC_INDEX];
     const ggml_tensor * dims  = dst->src[GGML_FASA_SRC_DIMS];
+    const ggml_tensor * write = dst->src[GGML_FASA_SRC_WRITE];
 
     attn_args a = {};
     a.q     = (const char *)    q->data;
@@ -241,6 +310,11 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     a.d_v       = v->ne[0];
     a.n_dim     = dims->ne[0];
     a.budget    = std::min(ggml_get_op_params_i32(dst, GGML_FASA_OP_PARAM_BUDGET), a.n_kv);
+
+    if (write && index_write_joins(write)) {
+        a.write        = index_write_of(write);
+        a.write_stream = (a.index - a.write.index)/a.index_nb3;
+    }
 
     a.n_fac     = a.n_group == 1 ? 1 : a.n_group == 2 ? 2 : a.n_group <= 4 ? 4 : 8;
     a.n_slot    = GGML_PAD(a.n_group, a.n_fac);
@@ -285,12 +359,14 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), set_scratch(a, nullptr, (size_t) per_pass*a.n_head_kv));
     set_scratch(a, scratch.get(), (size_t) per_pass*a.n_head_kv);
+    if (a.n_part > 1) {
+        a.sync = meeting_place(ctx.device, ctx.stream());
+    }
 
     const attn_kernel kernel = pick_kernel(a);
     const size_t      shared = a.at.total*sizeof(float);
     for (a.row0 = 0; a.row0 < n_row; a.row0 += per_pass) {
         const unsigned n = std::min(per_pass, n_row - a.row0);
-        a.tag = next_tag();
         launch(kernel, dim3(a.n_part, a.n_head_kv, n), dim3(FAC_THREAD), shared, ctx.stream(), a.n_part > 1, a);
     }
 }

@@ -69,9 +69,9 @@ struct fac_cell {
     }
 };
 
-// Cells of a thread in a turn, which serves at least as many as a warp has lanes.
-static constexpr __host__ __device__ int fac_cells(int lanes) {
-    return WARP_SIZE*lanes > FAC_THREAD ? WARP_SIZE*lanes/FAC_THREAD : 1;
+// Cells of a thread in a turn: as registers allow, and so that a turn serves at least as many as a warp has lanes.
+static constexpr __host__ __device__ int fac_cells(int lanes, row_source rows) {
+    return lanes > (rows == ROWS_ANY ? 16 : 8) ? 2 : 1;
 }
 
 // Threads for a row.
@@ -82,7 +82,7 @@ static int fac_lanes(const attn_args & a) {
 
 // Shared memory of fac_heads and of fac_merge, in floats.
 static int fac_shared(const attn_args & a) {
-    const int n_cell = fac_cells(fac_lanes(a))*FAC_THREAD/fac_lanes(a);
+    const int n_cell = fac_cells(fac_lanes(a), ROWS_F16)*FAC_THREAD/fac_lanes(a); // the most
     return std::max(n_cell*(a.n_fac + a.d_v) + GGML_PAD(a.n_fac, 4), FAC_THREAD + MAX_PART*a.n_group);
 }
 
@@ -93,7 +93,7 @@ static __device__ __forceinline__ void fac_heads(
         const attn_args & a, const unit & u, const float * q, row_cache & cache, int h0, const int32_t * list, int n,
         float * work) {
     constexpr int STEP   = FAC_THREAD/LANES; // cells between those of a thread
-    constexpr int N_HELD = fac_cells(LANES); // cells of a thread in a turn
+    constexpr int N_HELD = fac_cells(LANES, ROWS); // cells of a thread in a turn
     constexpr int N_CELL = N_HELD*STEP;      // cells of a turn
     constexpr int N_OUT  = (NH*LANES*8 + FAC_THREAD - 1)/FAC_THREAD;
 

@@ -25,6 +25,7 @@ struct alignas(16) select_shared {
     uint32_t warps[FAC_WARP];
     uint32_t n_own, n_cand, n_offer; // cells in own, candidates of them, candidates of all blocks
     int      result[2];
+    int      written[GGML_FASA_JOINED_MAX]; // see write_cells
 };
 
 // Sum of x over the threads before this one in the block; total over all.
@@ -102,21 +103,35 @@ static __device__ __forceinline__ void select_count(const attn_args & a, const u
     __syncthreads();
 
 #pragma unroll 1
-    for (int i = threadIdx.x; i < a.n_run; i += FAC_THREAD) {
-        const uint32_t first = __float_as_uint(score[i]);
-        float p = 0.0f;
+    for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
+        const uint4 first = *(const uint4 *) (score + i);
+        float p[4] = {};
 #pragma unroll 1
         for (int h0 = 0; h0 < a.n_group; h0 += NH) {
 #pragma unroll
             for (int h = 0; h < NH; ++h) {
-                p += exp2f(score[min(h0 + h, a.n_group - 1)*a.n_run + i] - sh.shift[h0 + h]);
+                const float4 s = *(const float4 *) (score + min(h0 + h, a.n_group - 1)*a.n_run + i);
+                const float shift = sh.shift[h0 + h];
+                p[0] += exp2f(s.x - shift);
+                p[1] += exp2f(s.y - shift);
+                p[2] += exp2f(s.z - shift);
+                p[3] += exp2f(s.w - shift);
             }
         }
-        const uint32_t key = first == 0xFF800000u ? KEY_HIDDEN : first & 1 ? KEY_FORCED : __float_as_uint(p) + 1;
-        ((uint32_t *) score)[i] = key;
-        if (key != KEY_HIDDEN) {
-            atomicAdd(&sh.hist[bin_of(key)], 1);
-        }
+        auto key_of = [](uint32_t bits, float importance) {
+            return bits == 0xFF800000u ? KEY_HIDDEN : bits & 1 ? KEY_FORCED : __float_as_uint(importance) + 1;
+        };
+        const uint4 key = make_uint4(key_of(first.x, p[0]), key_of(first.y, p[1]), key_of(first.z, p[2]), key_of(first.w, p[3]));
+        *(uint4 *) (score + i) = key;
+        auto count = [&](uint32_t k) {
+            if (k != KEY_HIDDEN) {
+                atomicAdd(&sh.hist[bin_of(k)], 1);
+            }
+        };
+        count(key.x);
+        count(key.y);
+        count(key.z);
+        count(key.w);
     }
     __syncthreads();
 #pragma unroll 1
@@ -138,22 +153,27 @@ static __device__ __forceinline__ void prefetch_cell(const attn_args & a, const 
     }
 }
 
-// Calls f(cell, key) for the cells of this thread whose key is at least lo.
+// Calls f(cell, key) for the cells of this thread whose key is at least lo. Such cells like to be neighbours: those are for other
+// threads.
 template <typename F>
 static __device__ __forceinline__ void select_each(
         const attn_args & a, const unit & u, const uint32_t * key, uint32_t lo, F && f) {
+    constexpr int N = 4; // looked at together
 #pragma unroll 1
-    for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
-        const uint4 k4 = *(const uint4 *) (key + i);
-        if (max(max(k4.x, k4.y), max(k4.z, k4.w)) < lo) {
+    for (int base = threadIdx.x; base < a.n_run; base += N*FAC_THREAD) {
+        uint32_t k[N];
+#pragma unroll
+        for (int c = 0; c < N; ++c) {
+            const int i = base + c*FAC_THREAD;
+            k[c] = i < a.n_run ? key[i] : KEY_HIDDEN;
+        }
+        if (max(max(k[0], k[1]), max(k[2], k[3])) < lo) {
             continue;
         }
-        const int t = cell_of(a, u, i);
 #pragma unroll 1
-        for (int c = 0; c < 4; ++c) { // rarely here: short code is worth more than few instructions
-            const uint32_t k = key[i + c];
-            if (k >= lo) {
-                f(t + c, k);
+        for (int i = base; i < a.n_run && i < base + N*FAC_THREAD; i += FAC_THREAD) { // rarely here: short code is worth more
+            if (key[i] >= lo) {
+                f(cell_of(a, u, i), key[i]);
             }
         }
     }
@@ -253,22 +273,17 @@ static __device__ __forceinline__ select_state select_offer(
     now.hi     = found.bin >= 0 ? bin_base(found.bin + 1) : now.lo;
     now.n_rest = found.bin >= 0 ? a.budget - found.above : 0;
 
-#pragma unroll 1
-    for (int i = threadIdx.x; i < a.n_run; i += FAC_THREAD) {
-        const uint32_t k = key[i];
-        if (k >= now.lo) {
-            const int      t    = cell_of(a, u, i);
-            const uint64_t rank = rank_of(t, k);
-            prefetch_cell(a, u, t);
-            const uint32_t at   = atomicAdd(&sh.n_own, 1);
-            if (at < N_OWN) {
-                sh.own[at] = rank;
-            }
-            if (k < now.hi) {
-                __stcg(cand + atomicAdd(&sh.n_cand, 1), rank);
-            }
+    select_each(a, u, key, now.lo, [&](int t, uint32_t k) {
+        const uint64_t rank = rank_of(t, k);
+        prefetch_cell(a, u, t);
+        const uint32_t at = atomicAdd(&sh.n_own, 1);
+        if (at < N_OWN) {
+            sh.own[at] = rank;
         }
-    }
+        if (k < now.hi) {
+            __stcg(cand + atomicAdd(&sh.n_cand, 1), rank);
+        }
+    });
     __syncthreads();
     if (now.n_rest > 0) {
         if (threadIdx.x == 0) {

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "fasa-index-cache.cuh"
 #include "fasa-launch.cuh"
 #include "fasa-row-cache.cuh"
 #include "ggml-fasa.h"
@@ -44,10 +45,9 @@ constexpr int MAX_PART   = 16;  // blocks of a unit: a warp looks at what each o
 constexpr int FAC_THREAD = 512; // threads of a block
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
-// Where the blocks of a unit meet. No two launches that meet in the same memory have the same tag, but for replays of a
-// graph, so turn needs no known value at first; a launch leaves no tag of its own behind.
+// Where the blocks of a unit meet. turn is 0 before a launch and after it.
 struct unit_sync {
-    uint64_t turn[MAX_PART];   // attn_args::tag plus how often the block has arrived
+    uint32_t turn[MAX_PART];   // how often each block has arrived
     uint32_t n_cand[MAX_PART]; // candidates of each block
     uint32_t n_done;           // blocks that wait for no other any more
 };
@@ -55,7 +55,6 @@ struct unit_sync {
 // Where things are in the dynamic shared memory of a block, in floats, each a multiple of 4.
 struct attn_layout {
     int q;     // [n_slot][d_k]
-    int dims;  // [n_dim_pad]
     int tip;   // see tip_load_q
     int list;  // [list_len] cells
     int rows;  // see row_shared
@@ -97,20 +96,21 @@ struct attn_args {
     int row_size;  // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
     int row0;      // first query row of this launch, over all streams
 
-    uint3    div_d_v; // of fastdiv
-    uint64_t tag;     // lowest 4 bits 0
+    uint3 div_d_v; // of fastdiv
 
     // Global memory of the blocks, for each unit of the launch.
     float2    * softmax; // [n_part][n_group], largest score m and sum of 2^(score - m)
     uint32_t  * hist;    // [N_BIN], visible cells by bin of their keys
-    unit_sync * sync;    // [1]
+    unit_sync * sync;    // [1], see meeting_place
     uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
     float     * score;   // [n_part][n_group][n_run] if score_len is 0, see tip_scores
     int32_t   * list;    // [n_part][budget] if list_len is 0
     float     * part;    // [n_part][n_group][d_v + 2], see fac_heads
 
-    row_args    rows;
-    attn_layout at;
+    row_args         rows;
+    index_write_args write;        // done before tip; n_write may be 0
+    int              write_stream; // the stream there that is the first here
+    attn_layout      at;
 };
 
 // A KV group of one query row, and the block that works on it.
@@ -133,31 +133,31 @@ static __device__ __forceinline__ int cell_of(const attn_args & a, const unit & 
 
 // The blocks of a unit wait for each other: all of them are on the device together (see run_attn). What they wrote before they
 // arrived is visible after the wait.
-static __device__ __forceinline__ void unit_arrive(const attn_args & a, const unit & u, int turn) {
+static __device__ __forceinline__ void unit_arrive(const attn_args & a, const unit & u, uint32_t turn) {
     __syncthreads();
     if (a.n_part > 1 && threadIdx.x == 0) {
-        uint64_t * at = a.sync[u.at].turn + u.rank;
+        uint32_t * at = a.sync[u.at].turn + u.rank;
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
-        asm volatile("st.release.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(a.tag + turn) : "memory");
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(turn) : "memory");
 #else
         __threadfence();
-        *(volatile uint64_t *) at = a.tag + turn;
+        *(volatile uint32_t *) at = turn;
 #endif
     }
 }
 
-static __device__ __forceinline__ void unit_wait(const attn_args & a, const unit & u, int turn) {
+static __device__ __forceinline__ void unit_wait(const attn_args & a, const unit & u, uint32_t turn) {
     if (a.n_part > 1 && threadIdx.x < WARP_SIZE) {
-        const uint64_t * at = a.sync[u.at].turn + min((int) threadIdx.x, a.n_part - 1);
-        uint64_t now;
+        const uint32_t * at = a.sync[u.at].turn + min((int) threadIdx.x, a.n_part - 1);
+        uint32_t now;
         do {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
-            asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(at) : "memory");
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
 #else
-            now = *(volatile uint64_t *) at;
+            now = *(const volatile uint32_t *) at;
             __threadfence();
 #endif
-        } while (!__all_sync(0xFFFFFFFFu, now - (a.tag + turn) < 16)); // others may be ahead
+        } while (!__all_sync(0xFFFFFFFFu, now >= turn)); // others may be ahead
     }
     __syncthreads();
 }

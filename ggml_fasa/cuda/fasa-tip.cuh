@@ -29,10 +29,11 @@ static __device__ __noinline__ float * unrotated(const float * row, float * to, 
 }
 
 // The group's queries: whole rows into q, [n_slot][d_k] of shared memory, a warp for each; for tip into tip,
-// n_slot*(n_dim_pad + 2) words of it. spare: n_slot rows for a while. meanwhile: called when the rows are asked for.
+// n_slot*(n_dim_pad + 2) words of it. dim: see held_dims. spare: n_slot rows for a while. meanwhile: called when the rows are
+// asked for.
 template <typename F>
 static __device__ __forceinline__ tip_q tip_load_q(
-        const attn_args & a, const unit & u, float * q, const int * dims, float * tip, float * spare, F && meanwhile) {
+        const attn_args & a, const unit & u, const int (&dim)[2], float * q, float * tip, float * spare, F && meanwhile) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int h    = threadIdx.x/WARP_SIZE;
 
@@ -66,23 +67,26 @@ static __device__ __forceinline__ tip_q tip_load_q(
         if (a.hadamard) {
             row = unrotated(row, spare + h*a.d_k, a.d_k, a.hadamard);
         }
+        auto value = [&](int j) { // of dim j, whose lane this is
+            return row[j < WARP_SIZE ? dim[0] : j < 2*WARP_SIZE ? dim[1] : a.dims[u.g*a.n_dim + j]];
+        };
         if (f16) {
 #pragma unroll 1
             for (int j = lane; j < n_pad; j += WARP_SIZE) {
-                q_tip[j*a.n_slot + h] = j < a.n_dim ? row[dims[j]]*on*LOG2E : 0.0f;
+                q_tip[j*a.n_slot + h] = j < a.n_dim ? value(j)*on*LOG2E : 0.0f;
             }
         } else {
             float top = 0.0f;
 #pragma unroll 1
             for (int j = lane; j < a.n_dim; j += WARP_SIZE) {
-                top = fmaxf(top, fabsf(__fmul_rn(row[dims[j]], on)));
+                top = fmaxf(top, fabsf(__fmul_rn(value(j), on)));
             }
             top = warp_max(top);
             const float inv = top >= FLT_MIN ? __fdiv_rn(127.0f, top) : 0.0f;
             int sum = 0;
 #pragma unroll 1
             for (int j = lane; j < n_pad; j += WARP_SIZE) {
-                const int v = j < a.n_dim ? (int) rintf(__fmul_rn(__fmul_rn(row[dims[j]], on), inv)) : 0;
+                const int v = j < a.n_dim ? (int) rintf(__fmul_rn(__fmul_rn(value(j), on), inv)) : 0;
                 ((int8_t *) q_tip)[(j/4*a.n_slot + h)*4 + j%4] = v;
                 sum += v;
             }
@@ -246,8 +250,8 @@ static __device__ __forceinline__ void tip_cells_int(
 static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
 #pragma unroll 1
-    for (int i = GGML_FASA_TILE*threadIdx.x; i < a.n_run; i += GGML_FASA_TILE*FAC_THREAD) {
-        const int t = cell_of(a, u, i);
+    for (int i = threadIdx.x%WARP_SIZE*FAC_WARP + threadIdx.x/WARP_SIZE; GGML_FASA_TILE*i < a.n_run; i += FAC_THREAD) { // a lane
+        const int t = cell_of(a, u, GGML_FASA_TILE*i);                                                    // at a time asks
         if (t < a.n_kv) {
             const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(tile), "r"(a.tile_size));

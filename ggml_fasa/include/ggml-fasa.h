@@ -49,6 +49,7 @@ enum ggml_fasa_op_param {
     GGML_FASA_OP_PARAM_BUDGET     = 3,
     GGML_FASA_OP_PARAM_INDEX_TYPE = 4,
     GGML_FASA_OP_PARAM_HADAMARD   = 5,
+    GGML_FASA_OP_PARAM_JOINED     = 6, // of index_write: see ggml_fasa_attn_join_write
 };
 
 // Sources of the modes; dense and staged have the first five of attn.
@@ -62,6 +63,7 @@ enum ggml_fasa_attn_src {
     GGML_FASA_SRC_DIMS  = 6,
     GGML_FASA_SRC_ROW_STATE = 7,
     GGML_FASA_SRC_ROWS      = 8,
+    GGML_FASA_SRC_WRITE     = 9,
     GGML_FASA_SRC_STAGING = 5, // of staged
 };
 
@@ -156,6 +158,13 @@ GGML_API struct ggml_tensor * ggml_fasa_attn(
         int32_t                   budget,
         enum ggml_fasa_index_type index_type,
         int32_t                   hadamard);
+
+// Cells that a joined write may have.
+#define GGML_FASA_JOINED_MAX 8
+
+// Makes attn depend on write, an index_write to the same index of at most GGML_FASA_JOINED_MAX cells and without a row state, and lets
+// the backend do both at once, when it comes to attn. One backend must run both, and nothing else may read the index in between.
+GGML_API void ggml_fasa_attn_join_write(struct ggml_tensor * attn, struct ggml_tensor * write);
 
 // Words of 32 bits before the tags in the state of a row cache: {turn, rows in each half, 0, hits and misses of 64 bits}.
 #define GGML_FASA_ROW_STATE 8

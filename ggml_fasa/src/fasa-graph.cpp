@@ -126,6 +126,9 @@ ggml_tensor * llama_fasa_build_attn(
         if (layer->row_state) {
             ggml_fasa_attn_set_row_cache(cur, streams(layer->row_state), streams(layer->rows));
         }
+        if (whole) {
+            fasa->join_write(layer, cur);
+        }
         graph.cb(cur, "fasa_attn", il);
     } else {
         cur = ggml_fasa_dense(ctx, q, k, v, kq_mask, sinks, kq_scale, softcap_of(graph));
@@ -182,6 +185,7 @@ llama_fasa_restore_guard::~llama_fasa_restore_guard() {
     try {
         if (llama_fasa_index_cache * fasa = lctx.get_cparams().fasa) {
             fasa->rebuild();
+            lctx.synchronize(); // the time belongs to the restore, not to the next step
         }
     } catch (const std::exception & e) {
         // the index stays marked, and the next decode tries again and reports

@@ -68,6 +68,16 @@ int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
     return rotation ? (int32_t) rotation->ne[0] : 0;
 }
 
+ggml_backend_t llama_fasa_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
+            return backend;
+        }
+    }
+    throw std::runtime_error(format("FASA: no backend can use %s", t->name));
+}
+
 llama_fasa_index_cache::llama_fasa_index_cache(
         llama_context & lctx, llama_kv_cache & kv, const llama_fasa_metadata & metadata, const llama_fasa_config & config) :
     lctx(lctx), kv(kv), config(config), hadamard(llama_fasa_hadamard(kv)), dirty(kv.n_stream) {
@@ -100,7 +110,7 @@ llama_fasa_index_cache::llama_fasa_index_cache(
 
         const llama_fasa_layer meta = metadata.layer(cache.il);
 
-        layer l = { (int32_t) cache.il, meta.n_tip, n_sparse, cache.k, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
+        layer l = { (int32_t) cache.il, meta.n_tip, n_sparse, cache.k };
         layer_of_k[l.k] = layers.size();
         if (l.n_tip == 0) {
             layers.push_back(l);
@@ -268,14 +278,33 @@ ggml_tensor * llama_fasa_index_cache::index_write(
 ggml_tensor * llama_fasa_index_cache::build_write(
         ggml_context * ctx, ggml_tensor * k_set, ggml_tensor * k_idxs, int64_t n_kv) const {
     const layer * l = find(k_set->view_src);
-    if (!l || l->n_tip == 0 || !config.exceeds_budget(n_kv)) {
+    if (!l || l->n_tip == 0) {
+        return k_set;
+    }
+    l->write = nullptr;
+    if (!config.exceeds_budget(n_kv)) {
         return k_set;
     }
     // reads the rows just written rather than K before rounding: a rebuild from K then gives the same bits, and
     // CUDA's fusion of RoPE with SET_ROWS keeps its only consumer
     ggml_tensor * cur = index_write(ctx, *l, k_set, k_idxs);
     ggml_format_name(cur, "fasa_index_cache-%d", l->il);
+    l->write = cur;
     return cur;
+}
+
+void llama_fasa_index_cache::join_write(const layer * l, ggml_tensor * attn) const {
+    ggml_tensor * write = l->write;
+    if (!write || l->row_state || ggml_nelements(write->src[GGML_FASA_WRITE_SRC_CELLS]) > GGML_FASA_JOINED_MAX) {
+        return;
+    }
+    ggml_backend_t backend = llama_fasa_backend_of(lctx.get_sched(), l->index);
+    if (!ggml_backend_supports_op(backend, write) || !ggml_backend_supports_op(backend, attn)) {
+        return;
+    }
+    ggml_fasa_attn_join_write(attn, write);
+    ggml_backend_sched_set_tensor_backend(lctx.get_sched(), write, backend);
+    ggml_backend_sched_set_tensor_backend(lctx.get_sched(), attn,  backend);
 }
 
 void llama_fasa_index_cache::mark_dirty(int32_t stream) {

@@ -60,6 +60,9 @@ int32_t llama_fasa_hadamard(const llama_kv_cache & kv);
 // Whether LLAMA_FASA_VERIFY=1 is in the environment.
 bool llama_fasa_verifies();
 
+// The first backend of a context that can use a tensor where it lies. Throws std::runtime_error if there is none.
+ggml_backend_t llama_fasa_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t);
+
 struct llama_fasa_index_cache {
     // Allocates the index of every layer that metadata gives FCs and whose K lives in kv. Throws std::runtime_error.
     // lctx: the context that runs what the index cache computes.
@@ -72,17 +75,22 @@ struct llama_fasa_index_cache {
         int32_t       n_tip; // 0: a dense layer, which has no index and no dims
         int32_t       i_sparse; // its place among the sparse layers
         ggml_tensor * k;     // the cache tensor
-        ggml_tensor * index; // ggml_fasa_new_index
-        ggml_tensor * dims;  // I32 [2*n_tip, n_head_kv]
-        ggml_tensor * center; // F32, like dims; NULL if the calibration has none
-        ggml_tensor * row_state; // of the row cache, see ggml_fasa_new_row_state; NULL if there is none
-        ggml_tensor * rows;
-        ggml_tensor * staging; // of ggml_fasa_staged, shared by the layers of a device; NULL if K and V are not in mapped memory
+        ggml_tensor * index     = nullptr; // ggml_fasa_new_index
+        ggml_tensor * dims      = nullptr; // I32 [2*n_tip, n_head_kv]
+        ggml_tensor * center    = nullptr; // F32, like dims; NULL if the calibration has none
+        ggml_tensor * row_state = nullptr; // of the row cache, see ggml_fasa_new_row_state; NULL if there is none
+        ggml_tensor * rows      = nullptr;
+        ggml_tensor * staging   = nullptr; // of ggml_fasa_staged, shared by the layers of a device; NULL if K and V are not mapped
+
+        mutable ggml_tensor * write = nullptr; // the index write of the graph that is built now, if there is one
     };
 
     // Adds the index write that belongs to a write of K rows in a step that sees n_kv cells. k_set: the SET_ROWS node.
     // Returns k_set itself for layers without index and for steps within the budget.
     ggml_tensor * build_write(ggml_context * ctx, ggml_tensor * k_set, ggml_tensor * k_idxs, int64_t n_kv) const;
+
+    // Joins the index write of a layer, if the graph has one, with the attention over it, where that saves a kernel.
+    void join_write(const layer * l, ggml_tensor * attn) const;
 
     // Before the graph of a step that sees n_kv cells and writes K to cells[i] of streams[i]: brings the index up to date,
     // or remembers that those cells are not going to be in it. Throws std::runtime_error.

@@ -123,6 +123,16 @@ void ggml_fasa_attn_set_row_cache(ggml_tensor * attn, ggml_tensor * state, ggml_
     attn->src[GGML_FASA_SRC_ROWS]      = rows;
 }
 
+void ggml_fasa_attn_join_write(ggml_tensor * attn, ggml_tensor * write) {
+    GGML_ASSERT(ggml_get_op_params_i32(write, GGML_FASA_OP_PARAM_MODE) == GGML_FASA_MODE_INDEX_WRITE);
+    GGML_ASSERT(ggml_nelements(write->src[GGML_FASA_WRITE_SRC_CELLS]) <= GGML_FASA_JOINED_MAX);
+    GGML_ASSERT(write->src[GGML_FASA_WRITE_SRC_DIMS] == attn->src[GGML_FASA_SRC_DIMS]);
+    GGML_ASSERT(!write->src[GGML_FASA_WRITE_SRC_ROW_STATE] && !attn->src[GGML_FASA_SRC_ROW_STATE]);
+
+    attn->src[GGML_FASA_SRC_WRITE] = write;
+    ggml_set_op_params_i32(write, GGML_FASA_OP_PARAM_JOINED, 1);
+}
+
 // What attn and dense have in common.
 static ggml_tensor * fasa_attn_impl(
         ggml_context * ctx,

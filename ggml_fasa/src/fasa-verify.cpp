@@ -14,17 +14,6 @@
 
 namespace {
 
-// The first backend of the context that can read a tensor where it lies.
-ggml_backend_t backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
-        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
-            return backend;
-        }
-    }
-    throw std::runtime_error(format("FASA: no backend can read %s", t->name));
-}
-
 std::vector<uint8_t> bytes_of(const ggml_tensor * t) {
     std::vector<uint8_t> bytes(ggml_nbytes(t));
     ggml_backend_tensor_get(t, bytes.data(), 0, bytes.size());
@@ -53,7 +42,7 @@ std::string llama_fasa_index_cache::verify() const {
         if (l.n_tip == 0) {
             continue;
         }
-        ggml_backend_t backend = backend_of(lctx.get_sched(), l.index);
+        ggml_backend_t backend = llama_fasa_backend_of(lctx.get_sched(), l.index);
 
         ggml_init_params params = { 8*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
         ggml_context_ptr ctx(ggml_init(params));
