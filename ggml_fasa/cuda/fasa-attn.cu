@@ -82,6 +82,22 @@ static __device__ __forceinline__ bool is_written(const attn_args & a, const int
     return is;
 }
 
+// By one thread of each block of a unit, at its end: whether it is the last one. That one leaves unit_sync as it was.
+static __device__ __forceinline__ bool is_last(const attn_args & a, const unit & u) {
+    if (a.n_part == 1) {
+        return true;
+    }
+    unit_sync & sync = a.sync[u.at];
+    if (atomicAdd(&sync.n_done, 1) < a.n_part - 1) {
+        return false;
+    }
+    for (int b = 0; b < a.n_part; ++b) {
+        sync.turn[b] = 0;
+    }
+    sync.n_done = 0;
+    return true;
+}
+
 // grid: n_part blocks for each KV head and query row, those of a unit on the device together. NH: heads served at once.
 template <int NH, int LANES, row_source ROWS>
 __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
@@ -105,12 +121,6 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
 
-    if (u.rank == 0) {
-        __stcg((uint4 *) (a.hist + (size_t) u.at*N_BIN) + threadIdx.x, make_uint4(0, 0, 0, 0));
-        if (threadIdx.x == 0) {
-            __stcg(&a.sync[u.at].n_done, 0);
-        }
-    }
     if (threadIdx.x < OFFER) { // others read so many
         __stcg((unsigned long long *) a.cand + ((size_t) u.at*a.n_part + u.rank)*a.n_run + threadIdx.x, 0);
     }
@@ -131,18 +141,19 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     if (is_written(a, sh.written, t)) {
         first.load(a, plane, mask, t);
     }
-    tip_scores<NH>(a, u, q, plane, mask, first, sh.sums, score);
-    unit_arrive(a, u, 1);
+    tip_scores<NH>(a, u, q, plane, mask, first, sh.sums, sh.softmax, score);
     row_cache cache;
     if constexpr (ROWS == ROWS_CACHED) {
         cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + a.at.rows), a.list_len);
     }
-    unit_wait(a, u, 1);
     select_count<NH>(a, u, sh, score);
-    unit_arrive(a, u, 2);
-    unit_wait(a, u, 2);
-    const select_state offered = select_offer(a, u, 3, sh, key, list);
-    const int n = select_cells(a, u, 3, sh, offered, key, list);
+    unit_arrive(a, u, 1);
+    unit_wait(a, u, 1);
+    if (a.n_part > 1 && threadIdx.x < a.n_group) { // all have read it
+        __stcg((unsigned long long *) a.sums[u.at].softmax[u.rank] + threadIdx.x, 0);
+    }
+    const select_state offered = select_offer(a, u, 2, sh, key, list);
+    const int n = select_cells(a, u, 2, sh, offered, key, list);
     if constexpr (ROWS == ROWS_CACHED) {
         cache.find(list, n);
     }
@@ -150,13 +161,16 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     for (int h = 0; h < a.n_group; h += NH) {
         fac_heads<NH, LANES, ROWS>(a, u, shared + a.at.q + h*a.d_k, cache, h, list, n, shared + a.at.score);
     }
-    unit_arrive(a, u, 4);
-    unit_wait(a, u, 4);
+    unit_arrive(a, u, 3);
+    unit_wait(a, u, 3);
     fac_merge(a, u, shared + a.at.score);
-    if (threadIdx.x == 0 && atomicAdd(&a.sync[u.at].n_done, 1) == a.n_part - 1) { // none looks any more
-        for (int b = 0; b < a.n_part; ++b) {
-            a.sync[u.at].turn[b] = 0;
+    if (a.n_part > 1) { // none looks at it any more
+#pragma unroll 1
+        for (int b = u.rank*FAC_THREAD + threadIdx.x; b < N_BIN/4; b += a.n_part*FAC_THREAD) {
+            __stcg((uint4 *) a.sums[u.at].hist + b, make_uint4(0, 0, 0, 0));
         }
+    }
+    if (threadIdx.x == 0 && is_last(a, u)) {
         if constexpr (ROWS == ROWS_CACHED) {
             cache.turn();
         }
@@ -240,30 +254,31 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
         p   = (std::remove_reference_t<decltype(p)>) (base + at);
         at += (n_unit*n*sizeof(*p) + 255)/256*256;
     };
-    take(a.softmax, (size_t) a.n_part*a.n_group);
-    take(a.hist,    N_BIN);
-    take(a.sync,    a.n_part > 1 ? 0 : 1);
-    take(a.cand,    (size_t) a.n_part*a.n_run);
-    take(a.score,   a.score_len > 0 ? 0 : (size_t) a.n_part*a.n_group*a.n_run);
-    take(a.list,    a.list_len  > 0 ? 0 : (size_t) a.n_part*a.budget);
-    take(a.part,    (size_t) a.n_part*a.n_group*(a.d_v + 2));
+    take(a.sync,  a.n_part > 1 ? 0 : 1);
+    take(a.cand,  (size_t) a.n_part*a.n_run);
+    take(a.score, a.score_len > 0 ? 0 : (size_t) a.n_part*a.n_group*a.n_run);
+    take(a.list,  a.list_len  > 0 ? 0 : (size_t) a.n_part*a.budget);
+    take(a.part,  (size_t) a.n_part*a.n_group*(a.d_v + 2));
     return at;
 }
 
-// Memory of a stream where blocks meet, for as many units as there are multiprocessors, all 0 whenever no kernel is at work in
-// the stream. It stays: a stream that comes later under the same handle takes it over.
-static unit_sync * meeting_place(int device, cudaStream_t stream) {
+// Memory of a stream where blocks meet, all 0 whenever no kernel is at work in the stream: for as many units of several blocks as
+// fit on the device. It stays: a stream that comes later under the same handle takes it over.
+static void set_meeting_place(attn_args & a, int device, cudaStream_t stream) {
     static std::mutex mutex;
-    static std::map<std::pair<int, cudaStream_t>, unit_sync *> places;
+    static std::map<std::pair<int, cudaStream_t>, unit_sums *> places;
+
+    const size_t n_unit = ggml_cuda_info().devices[device].nsm/2;
 
     const std::lock_guard<std::mutex> lock(mutex);
-    unit_sync * & place = places[{ device, stream }];
+    unit_sums * & place = places[{ device, stream }];
     if (!place) {
-        const size_t size = ggml_cuda_info().devices[device].nsm*sizeof(unit_sync);
+        const size_t size = n_unit*(sizeof(unit_sums) + sizeof(unit_sync));
         CUDA_CHECK(cudaMalloc(&place, size));
         CUDA_CHECK(cudaMemsetAsync(place, 0, size, stream));
     }
-    return place;
+    a.sums = place;
+    a.sync = (unit_sync *) (place + n_unit);
 }
 
 static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -360,7 +375,7 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), set_scratch(a, nullptr, (size_t) per_pass*a.n_head_kv));
     set_scratch(a, scratch.get(), (size_t) per_pass*a.n_head_kv);
     if (a.n_part > 1) {
-        a.sync = meeting_place(ctx.device, ctx.stream());
+        set_meeting_place(a, ctx.device, ctx.stream());
     }
 
     const attn_kernel kernel = pick_kernel(a);
@@ -397,7 +412,8 @@ bool ggml_cuda_fasa_supported(int device, const ggml_tensor * op) {
         case GGML_FASA_MODE_INDEX_WRITE: {
             const ggml_tensor * k = op->src[GGML_FASA_WRITE_SRC_K];
             const int64_t       d = k->ne[0]/op->src[GGML_FASA_WRITE_SRC_DIMS]->ne[1];
-            return fasa::cache_type_supported(k->type) && d%8 == 0 && d <= 512;
+            return fasa::cache_type_supported(k->type) && d%8 == 0 && d <= 512 &&
+                op->src[GGML_FASA_WRITE_SRC_DIMS]->ne[0] <= fasa::INDEX_DIM_MAX;
         }
         case GGML_FASA_MODE_ATTN: {
             const ggml_tensor * k = op->src[GGML_FASA_SRC_K];
@@ -405,7 +421,7 @@ bool ggml_cuda_fasa_supported(int device, const ggml_tensor * op) {
             const int64_t n_group = op->src[GGML_FASA_SRC_Q]->ne[2]/k->ne[2];
             return fasa::cache_type_supported(k->type) && fasa::cache_type_supported(v->type) &&
                 k->ne[0]%8 == 0 && v->ne[0]%8 == 0 && k->ne[0] <= 256 && v->ne[0] <= 256 &&
-                n_group <= 16 && op->src[GGML_FASA_SRC_DIMS]->ne[0] <= 256;
+                n_group <= fasa::MAX_GROUP && op->src[GGML_FASA_SRC_DIMS]->ne[0] <= fasa::INDEX_DIM_MAX;
         }
         case GGML_FASA_MODE_STAGED:
             return ggml_cuda_fasa_staged_supported(device, op);

@@ -47,32 +47,27 @@ template <int LANES, row_source ROWS>
 struct fac_cell {
     fac_row<ROWS != ROWS_ANY> k, v;
 
-    // The thread's cell in the first turn; a turn serves FAC_THREAD/LANES.
+    // The thread's first cell.
     static __device__ __forceinline__ int first() {
         return threadIdx.x/LANES;
     }
 
-    // Asks for cell c of the list, if it has so many. cache: of ROWS_CACHED.
+    // Asks for cell c of the list; zeros if it has not so many. cache: of ROWS_CACHED.
     __device__ __forceinline__ void load(
             const attn_args & a, const unit & u, const row_cache * cache, const int32_t * list, int n, int c) {
-        if (c < n) {
-            const int l = threadIdx.x%LANES;
-            const size_t cell = list[c];
-            const char * k_row = a.k + u.s*a.k_nb3 + u.g*a.k_nb2 + cell*a.k_nb1;
-            const char * v_row = a.v + u.s*a.v_nb3 + u.g*a.v_nb2 + cell*a.v_nb1;
-            if constexpr (ROWS == ROWS_CACHED) {
+        const int l = threadIdx.x%LANES;
+        const size_t cell = c < n ? list[c] : 0;
+        const char * k_row = a.k + u.s*a.k_nb3 + u.g*a.k_nb2 + cell*a.k_nb1;
+        const char * v_row = a.v + u.s*a.v_nb3 + u.g*a.v_nb2 + cell*a.v_nb1;
+        if constexpr (ROWS == ROWS_CACHED) {
+            if (c < n) {
                 cache->redirect(c, a.d_k, k_row, v_row);
             }
-            k.load(k_row, l, a.d_k, a.k_type);
-            v.load(v_row, l, a.d_v, a.v_type);
         }
+        k.load(k_row, l, c < n ? a.d_k : 0, a.k_type);
+        v.load(v_row, l, c < n ? a.d_v : 0, a.v_type);
     }
 };
-
-// Cells of a thread in a turn: as registers allow, and so that a turn serves at least as many as a warp has lanes.
-static constexpr __host__ __device__ int fac_cells(int lanes, row_source rows) {
-    return lanes > (rows == ROWS_ANY ? 16 : 8) ? 2 : 1;
-}
 
 // Threads for a row.
 static int fac_lanes(const attn_args & a) {
@@ -82,160 +77,158 @@ static int fac_lanes(const attn_args & a) {
 
 // Shared memory of fac_heads and of fac_merge, in floats.
 static int fac_shared(const attn_args & a) {
-    const int n_cell = fac_cells(fac_lanes(a), ROWS_F16)*FAC_THREAD/fac_lanes(a); // the most
-    return std::max(n_cell*(a.n_fac + a.d_v) + GGML_PAD(a.n_fac, 4), FAC_THREAD + MAX_PART*a.n_group);
+    return std::max(FAC_WARP*FAC_THREAD + 3*a.n_fac*FAC_WARP, FAC_THREAD + MAX_PART*a.n_group);
 }
 
 // Attention of heads [h0, h0 + NH) over cells list[0 .. n). work: of fac_shared.
 // To a.part: for each head sum of p * v, then the largest logit in powers of two, then the sum of p.
+//
+// A warp attends to its share of the cells alone, and then they sum up.
 template <int NH, int LANES, row_source ROWS>
 static __device__ __forceinline__ void fac_heads(
         const attn_args & a, const unit & u, const float * q, row_cache & cache, int h0, const int32_t * list, int n,
         float * work) {
-    constexpr int STEP   = FAC_THREAD/LANES; // cells between those of a thread
-    constexpr int N_HELD = fac_cells(LANES, ROWS); // cells of a thread in a turn
-    constexpr int N_CELL = N_HELD*STEP;      // cells of a turn
-    constexpr int N_OUT  = (NH*LANES*8 + FAC_THREAD - 1)/FAC_THREAD;
+    constexpr int STEP   = FAC_THREAD/LANES;                        // cells at once
+    constexpr int N_SUM  = NH*LANES > 64 ? 64/LANES : NH;           // heads that are summed up at once: a thread for each value
+    static_assert(NH%N_SUM == 0 && N_SUM*LANES*8 <= FAC_THREAD);
 
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
     const int l    = threadIdx.x%LANES;
 
-    float * prob    = work;                       // [NH][N_CELL] logits, then weights
-    float * rescale = prob + NH*N_CELL;           // [NH] of what was summed up in earlier turns
-    float * value   = rescale + GGML_PAD(NH, 4);  // [N_CELL][d_v]
+    float * sums = work;                        // [FAC_WARP][N_SUM][d_v]
+    float * top  = work + FAC_WARP*FAC_THREAD;  // [NH][FAC_WARP] largest logit of a warp
+    float * sum  = top  + NH*FAC_WARP;          // [NH][FAC_WARP]
+    float * part = sum  + NH*FAC_WARP;          // [NH][FAC_WARP] what a warp weighs
 
-    fac_cell<LANES, ROWS> held[N_HELD];
-#pragma unroll
-    for (int i = 0; i < N_HELD; ++i) {
-        held[i].load(a, u, &cache, list, n, held[i].first() + i*STEP);
-    }
+    fac_cell<LANES, ROWS> held;
+    held.load(a, u, &cache, list, n, held.first());
     if constexpr (ROWS == ROWS_CACHED) {
         if (h0 == 0) {
             cache.place(list, n);
         }
     }
-    float  acc[N_OUT] = {};
-    float2 softmax = make_float2(SCORE_NONE, 0.0f); // of head h0 + warp
+    float acc[NH][8] = {};
+    float z[NH]      = {};
+    float m[NH];
+#pragma unroll
+    for (int h = 0; h < NH; ++h) {
+        m[h] = SCORE_NONE;
+    }
 #pragma unroll 1
-    for (int base = 0; base < n; base += N_CELL) {
-        if (base > 0 || h0 > 0) {
-            __syncthreads();
-        }
-#pragma unroll
-        for (int i = 0; i < N_HELD; ++i) {
-            if (base + i*STEP >= n) {
-                break;
-            }
-            const int at = i*STEP + held[i].first();
-            const int c  = base + at;
-            float x[8];
-            float y[8];
-            held[i].k.get(x);
-            held[i].v.get(y);
-            if constexpr (ROWS == ROWS_CACHED) {
-                if (h0 == 0 && c < n) {
-                    cache.keep(c, l, a.d_k, a.d_v, held[i].k.bits, held[i].v.bits);
-                }
-            }
-            held[i].load(a, u, &cache, list, n, c + N_CELL); // the next cell is on its way while this one is worked on
-
-            float s[NH] = {};
-            if (8*l < a.d_k) {
-#pragma unroll
-                for (int h = 0; h < NH; ++h) {
-                    const float4 q0 = *(const float4 *) (q + h*a.d_k + 8*l);
-                    const float4 q1 = *(const float4 *) (q + h*a.d_k + 8*l + 4);
-                    s[h] = x[0]*q0.x + x[1]*q0.y + x[2]*q0.z + x[3]*q0.w + x[4]*q1.x + x[5]*q1.y + x[6]*q1.z + x[7]*q1.w;
-                }
-            }
-#pragma unroll
-            for (int o = LANES/2; o > 0; o /= 2) {
-#pragma unroll
-                for (int h = 0; h < NH; ++h) {
-                    s[h] += __shfl_xor_sync(0xFFFFFFFFu, s[h], o);
-                }
-            }
-            if (l == 0) {
-#pragma unroll
-                for (int h = 0; h < NH; ++h) {
-                    prob[h*N_CELL + at] = s[h];
-                }
-            }
-            if (8*l < a.d_v) {
-                const bool in = c < n;
-                float4 * to = (float4 *) (value + at*a.d_v + 8*l);
-                to[0] = in ? make_float4(y[0], y[1], y[2], y[3]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                to[1] = in ? make_float4(y[4], y[5], y[6], y[7]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int base = warp*WARP_SIZE/LANES; base < n; base += STEP) {
+        const int  c  = base + lane/LANES;
+        const bool in = c < n;
+        float x[8];
+        float y[8];
+        held.k.get(x);
+        held.v.get(y);
+        if constexpr (ROWS == ROWS_CACHED) {
+            if (h0 == 0 && in) {
+                cache.keep(c, l, a.d_k, a.d_v, held.k.bits, held.v.bits);
             }
         }
-        __syncthreads();
+        held.load(a, u, &cache, list, n, c + STEP); // the next cell is on its way while this one is worked on
 
-        const int n_here = min(n - base, N_CELL);
-        if (warp < NH) {
-            float z[N_CELL/WARP_SIZE];
-            float top = softmax.x;
+        float s[NH] = {};
+        if (8*l < a.d_k) {
 #pragma unroll
-            for (int i = 0; i < N_CELL/WARP_SIZE; ++i) {
-                const int at = i*WARP_SIZE + lane;
-                z[i] = at < n_here ? prob[warp*N_CELL + at]*a.scale : SCORE_NONE;
-                if (a.softcap != 0.0f && at < n_here) {
-                    z[i] = a.softcap*tanhf(z[i]/a.softcap);
-                }
-                z[i] = at < n_here ? z[i]*LOG2E : SCORE_NONE;
-                top  = fmaxf(top, z[i]);
-            }
-            top = warp_max(top);
-            float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < N_CELL/WARP_SIZE; ++i) {
-                const int   at = i*WARP_SIZE + lane;
-                const float p  = at < n_here ? exp2f(z[i] - top) : 0.0f;
-                prob[warp*N_CELL + at] = p;
-                sum += p;
-            }
-            const float f = exp2f(softmax.x - top);
-            softmax = make_float2(top, softmax.y*f + warp_sum(sum));
-            if (lane == 0) {
-                rescale[warp] = f;
+            for (int h = 0; h < NH; ++h) {
+                const float4 q0 = *(const float4 *) (q + h*a.d_k + 8*l);
+                const float4 q1 = *(const float4 *) (q + h*a.d_k + 8*l + 4);
+                s[h] = x[0]*q0.x + x[1]*q0.y + x[2]*q0.z + x[3]*q0.w + x[4]*q1.x + x[5]*q1.y + x[6]*q1.z + x[7]*q1.w;
             }
         }
-        __syncthreads();
-
 #pragma unroll
-        for (int i = 0; i < N_OUT; ++i) {
-            const int o = i*FAC_THREAD + threadIdx.x;
-            const int h = fastdiv(o, a.div_d_v);
-            if (h < NH) {
-                const float * p = prob  + h*N_CELL;
-                const float * v = value + o - h*a.d_v;
-                float sum = acc[i]*rescale[h];
-#pragma unroll 2
-                for (int c = 0; c < n_here; c += 4) {
-                    const float4 p4 = *(const float4 *) (p + c);
-                    sum += p4.x*v[(c + 0)*a.d_v];
-                    sum += p4.y*v[(c + 1)*a.d_v];
-                    sum += p4.z*v[(c + 2)*a.d_v];
-                    sum += p4.w*v[(c + 3)*a.d_v];
-                }
-                acc[i] = sum;
+        for (int o = LANES/2; o > 0; o /= 2) {
+#pragma unroll
+            for (int h = 0; h < NH; ++h) {
+                s[h] += __shfl_xor_sync(0xFFFFFFFFu, s[h], o);
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < NH; ++h) {
+            float logit = s[h]*a.scale;
+            if (a.softcap != 0.0f) {
+                logit = a.softcap*tanhf(logit/a.softcap);
+            }
+            logit = in ? logit*LOG2E : SCORE_NONE;
+            float now = fmaxf(m[h], logit);
+#pragma unroll
+            for (int o = LANES; o < WARP_SIZE; o *= 2) {
+                now = fmaxf(now, __shfl_xor_sync(0xFFFFFFFFu, now, o));
+            }
+            const float f = exp2f(m[h] - now);
+            const float p = in ? exp2f(logit - now) : 0.0f;
+            m[h] = now;
+            z[h] = z[h]*f + p;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                acc[h][i] = acc[h][i]*f + p*y[i];
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < NH; ++h) {
+#pragma unroll
+        for (int o = LANES; o < WARP_SIZE; o *= 2) {
+            z[h] += __shfl_xor_sync(0xFFFFFFFFu, z[h], o);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                acc[h][i] += __shfl_xor_sync(0xFFFFFFFFu, acc[h][i], o);
             }
         }
     }
 
     const int n_head = min(NH, a.n_group - h0);
+    const int n_warp = min((n*LANES + WARP_SIZE - 1)/WARP_SIZE, FAC_WARP); // that had cells
     float * out = a.part + (((size_t) u.at*a.n_part + u.rank)*a.n_group + h0)*(a.d_v + 2);
 #pragma unroll
-    for (int i = 0; i < N_OUT; ++i) {
-        const int o = i*FAC_THREAD + threadIdx.x;
-        const int h = fastdiv(o, a.div_d_v);
-        if (h < n_head) {
-            __stcg(out + o + 2*h, acc[i]);
+    for (int first = 0; first < NH; first += N_SUM) {
+        if (first > 0 || h0 > 0) {
+            __syncthreads(); // work may still be read
         }
-    }
-    if (warp < n_head && lane == 0) {
-        __stcg(out + warp*(a.d_v + 2) + a.d_v,     softmax.x);
-        __stcg(out + warp*(a.d_v + 2) + a.d_v + 1, softmax.y);
+#pragma unroll
+        for (int h = 0; h < N_SUM; ++h) {
+            if (lane/LANES == h%(WARP_SIZE/LANES) && 8*l < a.d_v) { // all groups of a warp have it
+                const float * y = acc[first + h];
+                float4 * to = (float4 *) (sums + (warp*N_SUM + h)*a.d_v + 8*l);
+                to[0] = make_float4(y[0], y[1], y[2], y[3]);
+                to[1] = make_float4(y[4], y[5], y[6], y[7]);
+            }
+        }
+        if (first == 0) {
+            if (lane == 0) {
+#pragma unroll
+                for (int h = 0; h < NH; ++h) {
+                    top[h*FAC_WARP + warp] = m[h];
+                    sum[h*FAC_WARP + warp] = z[h];
+                }
+            }
+            __syncthreads();
+            if (warp < n_head) {
+                const float  mine = lane < FAC_WARP ? top[warp*FAC_WARP + lane] : SCORE_NONE;
+                const float2 all  = softmax_sum(make_float2(mine, lane < FAC_WARP ? sum[warp*FAC_WARP + lane] : 0.0f));
+                if (lane < FAC_WARP) {
+                    part[warp*FAC_WARP + lane] = exp2f(mine - all.x);
+                }
+                if (lane == 0) {
+                    __stcg(out + warp*(a.d_v + 2) + a.d_v,     all.x);
+                    __stcg(out + warp*(a.d_v + 2) + a.d_v + 1, all.y);
+                }
+            }
+        }
+        __syncthreads();
+        const int o = threadIdx.x;
+        const int h = fastdiv(o, a.div_d_v);
+        if (h < N_SUM && first + h < n_head) {
+            float y = 0.0f;
+#pragma unroll 4
+            for (int w = 0; w < n_warp; ++w) {
+                y += sums[w*N_SUM*a.d_v + o]*part[(first + h)*FAC_WARP + w];
+            }
+            __stcg(out + first*(a.d_v + 2) + o + 2*h, y);
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int N_WARP = 8;
+constexpr int N_HELD = fasa::INDEX_DIM_MAX/WARP_SIZE; // dims of a lane
 
 // One warp for each (row, head), and as many again for the row cache, if there is one. Shared memory: for each warp d values of K.
 __global__ void fasa_index_write(const fasa::index_write_args a) {
@@ -21,6 +22,15 @@ __global__ void fasa_index_write(const fasa::index_write_args a) {
 
     const int64_t unit = (int64_t) blockIdx.x*N_WARP + warp;
     const int     g    = unit%a.n_head_kv;
+
+    int   dim[N_HELD]; // no kernel writes them
+    float center[N_HELD];
+#pragma unroll
+    for (int i = 0; i < N_HELD; ++i) {
+        const int j = lane + i*WARP_SIZE;
+        dim[i]    = j < a.n_dim ? a.dims[g*a.n_dim + j] : 0;
+        center[i] = j < a.n_dim && a.center ? a.center[g*a.n_dim + j] : 0.0f;
+    }
     ggml_cuda_pdl_sync();
 
     if (unit >= a.n_write*a.n_head_kv) {
@@ -44,11 +54,10 @@ __global__ void fasa_index_write(const fasa::index_write_args a) {
     if (a.hadamard) {
         fasa::unrotate_warp(row, a.d, a.hadamard, lane);
     }
-    float x[fasa::INDEX_DIM_MAX/WARP_SIZE];
+    float x[N_HELD];
 #pragma unroll
-    for (int i = 0; i < fasa::INDEX_DIM_MAX/WARP_SIZE; ++i) {
-        const int j = g*a.n_dim + lane + i*WARP_SIZE;
-        x[i] = lane + i*WARP_SIZE >= a.n_dim ? 0.0f : a.center ? __fsub_rn(row[a.dims[j]], a.center[j]) : row[a.dims[j]];
+    for (int i = 0; i < N_HELD; ++i) {
+        x[i] = lane + i*WARP_SIZE < a.n_dim ? __fsub_rn(row[dim[i]], center[i]) : 0.0f;
     }
     char * tile = a.index + s*a.index_nb3 + g*a.index_nb2 + (size_t) (cell/GGML_FASA_TILE)*a.tile_size;
     fasa::index_put(a, tile, cell%GGML_FASA_TILE, x, lane);

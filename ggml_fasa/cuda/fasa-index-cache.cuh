@@ -47,7 +47,7 @@ static __device__ __forceinline__ int warp_reduce_max_int(int x) {
 #endif
 }
 
-constexpr int INDEX_DIM_MAX = 512; // of a head
+constexpr int INDEX_DIM_MAX = 256; // of a head
 
 // Puts a cell, the c-th of a tile, into the index: K minus center of its dims, of which lane l of a warp has number l + 32*i in
 // x[i], 0 beyond n_dim.

@@ -19,9 +19,11 @@ static_assert(OFFER == WARP_SIZE && MAX_PART <= FAC_WARP, "a warp looks at what 
 struct alignas(16) select_shared {
     uint32_t hist[N_BIN];
     uint64_t own[N_OWN];             // key << 32 | ~cell
+    uint64_t mine[OFFER];            // what the block offers
     uint64_t cand[MAX_PART*OFFER];   // what all blocks offer
-    float    shift[16];              // of each head, what makes 2^(score - shift) its softmax
-    float2   sums[16][FAC_WARP];     // of tip
+    uint64_t softmax[MAX_GROUP];     // what unit_sums has of a unit's only block
+    float    shift[MAX_GROUP];       // of each head, what makes 2^(score - shift) its softmax
+    float2   sums[MAX_GROUP][FAC_WARP];     // of tip
     uint32_t warps[FAC_WARP];
     uint32_t n_own, n_cand, n_offer; // cells in own, candidates of them, candidates of all blocks
     int      result[2];
@@ -85,6 +87,24 @@ static __device__ __noinline__ bin_found find_bin(const uint32_t * hist, int n_b
     return { sh.result[0], (uint32_t) sh.result[1] };
 }
 
+// Softmax sums of a head over the cells of a block, when they are there. They are their own flags, and no fence is needed.
+static __device__ __forceinline__ float2 wait_sums(
+        const attn_args & a, const unit & u, const select_shared & sh, int block, int head) {
+    const uint64_t * at = a.n_part > 1 ? a.sums[u.at].softmax[block] + head : nullptr;
+    uint64_t now = sh.softmax[head];
+    while (at) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(at) : "memory");
+#else
+        now = *(const volatile uint64_t *) at;
+#endif
+        if (now != 0) {
+            break;
+        }
+    }
+    return make_float2(__uint_as_float((uint32_t) now), __uint_as_float(now >> 32));
+}
+
 // Keys of the block's cells in the place of the first head's scores, and their histogram into that of the unit. score: of
 // tip_scores. sh.hist must be zero.
 template <int NH>
@@ -92,8 +112,7 @@ static __device__ __forceinline__ void select_count(const attn_args & a, const u
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
     if (warp < a.n_group) {
-        const float2 x = softmax_sum(lane < a.n_part ?
-            __ldcg(a.softmax + ((size_t) u.at*a.n_part + lane)*a.n_group + warp) : make_float2(SCORE_NONE, 0.0f));
+        const float2 x = softmax_sum(lane < a.n_part ? wait_sums(a, u, sh, lane, warp) : make_float2(SCORE_NONE, 0.0f));
         if (lane == 0) {
             sh.shift[warp] = x.y > 0.0f ? x.x + log2f(x.y) : INFINITY; // infinite: no weight
         }
@@ -134,10 +153,12 @@ static __device__ __forceinline__ void select_count(const attn_args & a, const u
         count(key.w);
     }
     __syncthreads();
+    if (a.n_part > 1) {
 #pragma unroll 1
-    for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
-        if (sh.hist[b] > 0) {
-            atomicAdd(a.hist + (size_t) u.at*N_BIN + b, sh.hist[b]);
+        for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
+            if (sh.hist[b] > 0) {
+                atomicAdd(a.sums[u.at].hist + b, sh.hist[b]);
+            }
         }
     }
 }
@@ -250,7 +271,7 @@ constexpr int RANK_LANE = 8; // threads that rank one cell
 // How many of the n numbers in x are larger than c, for all RANK_LANE threads of a cell. A warp calls it together.
 static __device__ __forceinline__ uint32_t count_larger(const uint64_t * x, uint32_t n, uint64_t c) {
     uint32_t larger = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (uint32_t i = threadIdx.x%RANK_LANE; i < n; i += RANK_LANE) {
         larger += x[i] > c;
     }
@@ -267,7 +288,7 @@ static __device__ __forceinline__ select_state select_offer(
         const attn_args & a, const unit & u, int turn, select_shared & sh, const uint32_t * key, int32_t * list) {
     unsigned long long * cand = (unsigned long long *) a.cand + ((size_t) u.at*a.n_part + u.rank)*a.n_run;
 
-    const bin_found found = find_bin(a.hist + (size_t) u.at*N_BIN, N_BIN, a.budget, sh);
+    const bin_found found = find_bin(a.n_part > 1 ? a.sums[u.at].hist : sh.hist, N_BIN, a.budget, sh);
     select_state now;
     now.lo     = found.bin >= 0 ? bin_base(found.bin) : 1;
     now.hi     = found.bin >= 0 ? bin_base(found.bin + 1) : now.lo;
@@ -281,7 +302,11 @@ static __device__ __forceinline__ select_state select_offer(
             sh.own[at] = rank;
         }
         if (k < now.hi) {
-            __stcg(cand + atomicAdd(&sh.n_cand, 1), rank);
+            const uint32_t place = atomicAdd(&sh.n_cand, 1);
+            if (place < OFFER) {
+                sh.mine[place] = rank;
+            }
+            __stcg(cand + place, rank);
         }
     });
     __syncthreads();
@@ -333,16 +358,11 @@ static __device__ __forceinline__ int select_cells(
         sh.cand[atomicAdd(&sh.n_offer, 1)] = mine;
     }
     __syncthreads();
-    int n_take = 0;
-#pragma unroll 1
-    for (uint32_t base = 0; base < now.n_own; base += FAC_THREAD/RANK_LANE) {
-        const uint32_t i = base + threadIdx.x/RANK_LANE;
-        const uint64_t c = i < now.n_own ? sh.own[i] : 0;
-        const bool  in   = count_larger(sh.cand, sh.n_offer, c) < now.n_rest;
-        const bool  take = c != 0 && (in || (uint32_t) (c >> 32) >= now.hi);
-        n_take += __syncthreads_count(take && threadIdx.x%RANK_LANE == 0);
-    }
-    return n_take;
+    const uint32_t i = threadIdx.x/RANK_LANE;
+    static_assert(FAC_THREAD/RANK_LANE >= OFFER, "all are ranked at once");
+    const uint32_t larger = count_larger(sh.cand, sh.n_offer, i < sh.n_cand ? sh.mine[i] : 0);
+    const bool     take   = i < sh.n_cand && larger < now.n_rest;
+    return now.n_own - sh.n_cand + __syncthreads_count(take && threadIdx.x%RANK_LANE == 0);
 }
 
 } // namespace fasa

@@ -41,15 +41,22 @@ static __device__ __forceinline__ uint32_t bin_base(int bin) {
         bin < N_COARSE ? COARSE_FIRST + ((uint32_t) bin << COARSE_SHIFT) : FINE_FIRST + ((uint32_t) (bin - N_COARSE) << FINE_SHIFT);
 }
 
+constexpr int MAX_GROUP  = 16;  // heads of a unit
 constexpr int MAX_PART   = 16;  // blocks of a unit: a warp looks at what each offers
 constexpr int FAC_THREAD = 512; // threads of a block
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
-// Where the blocks of a unit meet. turn is 0 before a launch and after it.
+// Where the blocks of a unit meet. turn and n_done are 0 before a launch and after it.
 struct unit_sync {
     uint32_t turn[MAX_PART];   // how often each block has arrived
     uint32_t n_cand[MAX_PART]; // candidates of each block
     uint32_t n_done;           // blocks that wait for no other any more
+};
+
+// What the blocks of a unit add up. All 0 before a launch and after it.
+struct unit_sums {
+    uint64_t softmax[MAX_PART][MAX_GROUP]; // of each block and head: bits of the largest score m, then of the sum of 2^(score - m)
+    uint32_t hist[N_BIN];                  // visible cells by bin of their keys
 };
 
 // Where things are in the dynamic shared memory of a block, in floats, each a multiple of 4.
@@ -99,9 +106,8 @@ struct attn_args {
     uint3 div_d_v; // of fastdiv
 
     // Global memory of the blocks, for each unit of the launch.
-    float2    * softmax; // [n_part][n_group], largest score m and sum of 2^(score - m)
-    uint32_t  * hist;    // [N_BIN], visible cells by bin of their keys
-    unit_sync * sync;    // [1], see meeting_place
+    unit_sync * sync;    // [1], for several blocks see set_meeting_place
+    unit_sums * sums;    // [1], for several blocks only
     uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
     float     * score;   // [n_part][n_group][n_run] if score_len is 0, see tip_scores
     int32_t   * list;    // [n_part][budget] if list_len is 0

@@ -264,12 +264,12 @@ static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const u
 }
 
 // Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, -inf of hidden cells; the block's softmax sums
-// into a.softmax. Of the first head the lowest bit says whether the cell is forced: a score is not known that well. NH: heads
+// into softmax and, for others, unit_sums. Of the first head the lowest bit says whether the cell is forced: a score is not known that well. NH: heads
 // scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
         const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held & held,
-        float2 (*sums)[FAC_WARP], float * score) {
+        float2 (*sums)[FAC_WARP], uint64_t * softmax, float * score) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
 
@@ -337,7 +337,12 @@ static __device__ __forceinline__ void tip_scores(
         if (warp < NH && h0 + warp < a.n_group) {
             const float2 sum = softmax_sum(lane < FAC_WARP ? sums[warp][lane] : make_float2(SCORE_NONE, 0.0f));
             if (lane == 0) {
-                __stcg(a.softmax + ((size_t) u.at*a.n_part + u.rank)*a.n_group + h0 + warp, sum);
+                // not 0 as a whole: the largest score of a block without visible cells is SCORE_NONE
+                const unsigned long long bits = (unsigned long long) __float_as_uint(sum.y) << 32 | __float_as_uint(sum.x);
+                softmax[h0 + warp] = bits;
+                if (a.n_part > 1) {
+                    __stcg((unsigned long long *) a.sums[u.at].softmax[u.rank] + h0 + warp, bits);
+                }
             }
         }
         __syncthreads();
