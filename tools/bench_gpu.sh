@@ -6,6 +6,7 @@
 #   sanitizer  compute-sanitizer (memcheck, racecheck, initcheck) on small cases
 #   decode     tokens/s against depth, FASA off and on, on random weights in the shape of Llama 3.1 8B
 #   prefill    tokens/s of reading a prompt, the same
+#   stages     the op alone against flash attention; in a build with -DFASA_CUDA_CLOCK=ON also what each stage takes
 #
 # usage: tools/bench_gpu.sh (--build DIR | --bin DIR) [--only PART,PART] [--model GGUF] [--cases REGEX] [--out JSONL]
 #   --build  configure and build there for sm_90; CUDA_ARCHITECTURES=80 for another, FASA_LLAMA_CPP_DIR as for CMake
@@ -47,7 +48,7 @@ while [ $# -gt 0 ]; do
 done
 for part in ${only//,/ }; do
     case $part in
-        ops | sanitizer | decode | prefill) ;;
+        ops | sanitizer | decode | prefill | stages) ;;
         *) fail "--only: there is no part '$part'" ;;
     esac
 done
@@ -55,7 +56,7 @@ done
 if [ -n "$build" ]; then
     cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Release -DFASA_BUILD_TESTS=ON \
         -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-90}"
-    cmake --build "$build" --parallel --target llama-bench test-backend-ops fasa-mapped
+    cmake --build "$build" --parallel --target llama-bench test-backend-ops fasa-mapped fasa-stages
     bin=$build/bin
     # gguf, where it is not installed
     upstream=$(sed -n 's/^FASA_LLAMA_CPP_DIR:PATH=//p' "$build/CMakeCache.txt")
@@ -111,6 +112,29 @@ measure() {
     [ -f "$model" ] || "$python" "$root/tools/random_gguf.py" "$model" || return 1
     "$python" "$root/tools/bench_decode.py" --model "$model" --llama-bench "$bin/llama-bench" --n-gpu-layers 99 \
         --budget 256 1024 --reps 3 --out "$out" "$@"
+}
+
+# Lines of fasa-stages as rows: the clock's, of which a shape has many, come before the line of their shape.
+run_stages() {
+    "$bin/fasa-stages" | "$python" -c '
+import json, re, statistics, sys
+from machine import emit, gpu, row
+clocks, copy, name = {}, None, gpu()
+for line in sys.stdin:
+    clock = re.match(r"fasa-clock n_kv (\d+) index_type (\d) budget (\d+) ns: tip (\d+) select (\d+) fac (\d+)", line)
+    if clock:
+        n_kv, index_type, budget, *ns = map(int, clock.groups())
+        clocks.setdefault((n_kv, ("f16", "q8", "q4")[index_type], budget), []).append(ns)
+        continue
+    values = json.loads(line)
+    copy = values.get("copy_gb_per_s", copy)
+    if "n_kv" not in values:
+        continue
+    ns = clocks.get((values["n_kv"], values["index_type"], min(values["budget"], values["n_kv"])))
+    if ns:
+        values.update(zip(("tip_us", "select_us", "fac_us"), (round(statistics.median(x) / 1e3, 2) for x in zip(*ns))))
+    emit(row("gpu_stages", gpu=name, copy_gb_per_s=copy, **values), sys.argv[1])
+' "$out"
 }
 
 run_decode() {

@@ -104,6 +104,9 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     extern __shared__ float4 shared4[];
     __shared__ select_shared sh;
 
+    stage_clock clock;
+    clock.mark();
+
     const unit u(a);
     float * shared = (float *) shared4;
 
@@ -142,6 +145,7 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
         first.load(a, plane, mask, t);
     }
     tip_scores<NH>(a, u, q, plane, mask, first, sh.sums, sh.softmax, score);
+    clock.mark();
     row_cache cache;
     if constexpr (ROWS == ROWS_CACHED) {
         cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + a.at.rows), a.list_len);
@@ -154,6 +158,7 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     }
     const select_state offered = select_offer(a, u, 2, sh, key, list);
     const int n = select_cells(a, u, 2, sh, offered, key, list);
+    clock.mark();
     if constexpr (ROWS == ROWS_CACHED) {
         cache.find(list, n);
     }
@@ -164,6 +169,8 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     unit_arrive(a, u, 3);
     unit_wait(a, u, 3);
     fac_merge(a, u, shared + a.at.score);
+    clock.mark();
+    clock.print(a);
     if (a.n_part > 1) { // none looks at it any more
 #pragma unroll 1
         for (int b = u.rank*FAC_THREAD + threadIdx.x; b < N_BIN/4; b += a.n_part*FAC_THREAD) {

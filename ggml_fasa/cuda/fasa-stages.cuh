@@ -213,6 +213,28 @@ private:
     }
 };
 
+// What the stages take of a launch's first block, printed for one launch of 64 in builds with FASA_CUDA_CLOCK. mark() ends a stage.
+struct stage_clock {
+#ifdef FASA_CUDA_CLOCK
+    uint64_t at[4];
+    int      n = 0;
+
+    __device__ __forceinline__ void mark() {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(at[n++]) :: "memory");
+    }
+    __device__ __forceinline__ void print(const attn_args & a) const {
+        static __device__ unsigned n_launch;
+        if (threadIdx.x + blockIdx.x + blockIdx.y + blockIdx.z == 0 && atomicAdd(&n_launch, 1)%64 == 63) {
+            printf("fasa-clock n_kv %d index_type %d budget %d ns: tip %d select %d fac %d\n", a.n_kv, a.index_type, a.budget,
+                    (int) (at[1] - at[0]), (int) (at[2] - at[1]), (int) (at[3] - at[2]));
+        }
+    }
+#else
+    __device__ __forceinline__ void mark() {}
+    __device__ __forceinline__ void print(const attn_args &) const {}
+#endif
+};
+
 static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int o = WARP_SIZE/2; o > 0; o /= 2) {
