@@ -17,20 +17,18 @@ float softcap_of(const llm_graph_context & graph) {
 class input_step : public llm_graph_input_i {
 public:
     input_step(const llama_fasa_index_cache & fasa, const llama_ubatch & ubatch) :
-        fasa(fasa), budget(fasa.config.budget), n_rows(fasa.config.n_decode_rows(ubatch)), n_takeover(fasa.n_takeover()) {}
+        fasa(fasa), budget(fasa.config.budget), n_rows(fasa.config.n_decode_rows(ubatch)) {}
 
     void set_input(const llama_ubatch *) override {}
 
     bool can_reuse(const llm_graph_params & params) override {
-        return fasa.config.budget == budget && fasa.config.n_decode_rows(params.ubatch) == n_rows &&
-            fasa.n_takeover() == n_takeover;
+        return fasa.config.budget == budget && fasa.config.n_decode_rows(params.ubatch) == n_rows;
     }
 
 private:
     const llama_fasa_index_cache & fasa;
     const int32_t                  budget;
     const int64_t                  n_rows;
-    const uint64_t                 n_takeover;
 };
 
 // Flash attention over all cells, of K and V in mapped memory; else llama.cpp's own.
@@ -185,7 +183,6 @@ llama_fasa_restore_guard::~llama_fasa_restore_guard() {
     try {
         if (llama_fasa_index_cache * fasa = lctx.get_cparams().fasa) {
             fasa->rebuild();
-            lctx.synchronize(); // the time belongs to the restore, not to the next step
         }
     } catch (const std::exception & e) {
         // the index stays marked, and the next decode tries again and reports

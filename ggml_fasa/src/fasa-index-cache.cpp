@@ -350,63 +350,50 @@ void llama_fasa_index_cache::begin_step(
     }
 }
 
-namespace {
-
-// The ids of the cells of a rebuild.
-class input_cells : public llm_graph_input_i {
-public:
-    input_cells(ggml_tensor * cells, std::vector<int64_t> ids) : cells(cells), ids(std::move(ids)) {}
-
-    void set_input(const llama_ubatch *) override {
-        ggml_backend_tensor_set(cells, ids.data(), 0, ids.size()*sizeof(int64_t));
-    }
-
-private:
-    ggml_tensor *        cells;
-    std::vector<int64_t> ids;
-};
-
-} // namespace
-
+// Runs on the backends of the context but beside its scheduler, whose graph lives on.
 void llama_fasa_index_cache::rebuild() {
     if (!is_dirty()) {
         return;
     }
-    std::vector<int64_t> ids = used_cells(true);
-    if (ids.empty()) {
-        dirty.assign(dirty.size(), {});
-        return;
-    }
-
-    takeovers++;
-    ggml_backend_sched_t sched = lctx.get_sched();
-    ggml_backend_sched_reset(sched);
-
-    llm_graph_result * res = lctx.get_gf_res_reserve();
-    res->reset();
-
-    ggml_context * ctx = res->get_ctx();
-    ggml_cgraph  * gf  = res->get_gf();
-
-    ggml_tensor * cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ids.size());
-    ggml_set_input(cells);
-    for (const layer & l : layers) {
-        if (l.n_tip > 0) {
-            ggml_build_forward_expand(gf, index_write(ctx, l, l.k, cells));
+    const std::vector<int64_t> ids = used_cells(true);
+    if (!ids.empty()) {
+        std::map<ggml_backend_t, std::vector<const layer *>> of_backend;
+        for (const layer & l : layers) {
+            if (l.n_tip > 0) {
+                of_backend[llama_fasa_backend_of(lctx.get_sched(), l.index)].push_back(&l);
+            }
         }
+        for (const auto & [backend, of] : of_backend) {
+            rebuild(backend, of, ids);
+        }
+        stats.n_index_rebuild++;
     }
-    res->add_input(std::make_unique<input_cells>(cells, std::move(ids)));
+    dirty.assign(dirty.size(), {});
+}
 
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        throw std::runtime_error("FASA: failed to allocate the graph that rebuilds the index cache");
+void llama_fasa_index_cache::rebuild(
+        ggml_backend_t backend, const std::vector<const layer *> & of, const std::vector<int64_t> & ids) const {
+    ggml_init_params params = { (of.size() + 1)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+    ggml_context_ptr ctx(ggml_init(params));
+
+    ggml_tensor * cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, ids.size());
+    ggml_cgraph * gf    = ggml_new_graph(ctx.get());
+    for (const layer * l : of) {
+        ggml_build_forward_expand(gf, index_write(ctx.get(), *l, l->k, cells));
     }
-    res->set_inputs(nullptr);
-    if (lctx.graph_compute(gf, false) != GGML_STATUS_SUCCESS) {
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend));
+    if (!buffer) {
+        throw std::runtime_error("FASA: no memory to rebuild the index cache");
+    }
+    ggml_backend_tensor_set(cells, ids.data(), 0, ggml_nbytes(cells));
+
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    if (auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        set_n_threads(backend, lctx.n_threads());
+    }
+    if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("FASA: failed to rebuild the index cache");
     }
-
-    dirty.assign(dirty.size(), {});
-    stats.n_index_rebuild++;
 }
 
 llama_fasa_info llama_fasa_index_cache::info() const {

@@ -109,9 +109,6 @@ struct llama_fasa_index_cache {
     // Indexes all dirty cells. Throws std::runtime_error.
     void rebuild();
 
-    // How often a rebuild took over the scheduler, which ends the life of the graph that it ran before.
-    uint64_t n_takeover() const { return takeovers; }
-
     // Compares the index of every used cell that is not dirty with one taken from K now. Returns "", or a sentence that
     // names the first layer, stream, KV head and cell that differ.
     std::string verify() const;
@@ -160,6 +157,7 @@ private:
             ggml_context * ctx, ggml_context * ctx_small, const std::vector<size_t> & mapped, uint64_t index_size);
     size_t staging_size(const std::vector<size_t> & mapped, int64_t n_head_max) const;
     ggml_tensor * index_write(ggml_context * ctx, const layer & l, ggml_tensor * k, ggml_tensor * cells) const;
+    void rebuild(ggml_backend_t backend, const std::vector<const layer *> & of, const std::vector<int64_t> & ids) const;
 
     std::vector<layer>                                 layers;
     int32_t                                            n_sparse = 0;
@@ -168,7 +166,6 @@ private:
     std::vector<uint8_t>                               mask_to_verify;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> dims_bufs;
 
-    uint64_t takeovers   = 0;
     uint64_t index_bytes = 0;
     uint64_t kv_bytes     = 0;
     uint64_t mapped_bytes = 0;
