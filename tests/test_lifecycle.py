@@ -119,9 +119,9 @@ def same(actual, expected):
 
 
 def test_no_index_within_the_budget(fasa, text):
-    """Nothing is indexed until a step sees more cells than the budget; that step finds all of them."""
+    """Steps of few tokens index nothing until one sees more cells than the budget; that one finds all of them."""
     count = native.ggml()[1].ggml_fasa_cpu_n_index_write
-    tokens, ctx = text(STEPS), fasa()
+    tokens, ctx = text(STEPS), fasa(n_ubatch=32)
     before = count()
     ctx.decode(text(250))
     for token in text(6):
@@ -132,12 +132,14 @@ def test_no_index_within_the_budget(fasa, text):
     assert ctx.stats().n_index_rebuild == 1 and count() > before
 
 
-def test_budget_crossed_within_a_batch(fasa, text):
-    """The last rows of a prompt are a sparse step of their own, right behind one that wrote no index."""
+@pytest.mark.parametrize("n_ubatch, n_prefill, n_rebuild", [(32, 8, 1), (256, 1, 0)])
+def test_budget_crossed_within_a_batch(fasa, text, n_ubatch, n_prefill, n_rebuild):
+    """The last rows of a prompt are a sparse step of their own, right behind steps that, being small, wrote no index."""
     prompt, tokens = text(256), text(1 + STEPS)
-    ctx, short = fasa(n_ubatch=256), fasa(n_ubatch=256)
+    ctx, short = fasa(n_ubatch=n_ubatch), fasa(n_ubatch=n_ubatch)
     first = ctx.decode(prompt + tokens[:1])
-    assert (ctx.stats().n_step_prefill, ctx.stats().n_step_sparse, ctx.stats().n_index_rebuild) == (1, 1, 1)
+    stats = ctx.stats()
+    assert (stats.n_step_prefill, stats.n_step_sparse, stats.n_index_rebuild) == (n_prefill, 1, n_rebuild)
     short.decode(prompt)
     reference = loaded(short, fasa)
     assert same([first], steps(reference, tokens[:1]))
@@ -176,7 +178,7 @@ def test_one_stream_within_the_budget(fasa, text):
 
 
 def test_restored_graph_is_not_used_again(fasa, text):
-    """A rebuild takes the memory of the graph before it: the step after a load has the shape of the one before."""
+    """A rebuild comes between two steps of one graph: the step after a load has the shape of the one before."""
     tokens, ctx = text(STEPS), fasa()
     steps_after(ctx, text(300), text(2))
     state = ctx.save()

@@ -14,6 +14,8 @@
 #include <map>
 #include <stdexcept>
 
+static constexpr int64_t N_PROMPT = 64; // tokens of a step from which on the write of their index is small beside it
+
 static constexpr int32_t ROW_CACHE_MAX = 512; // rows of a KV head that the row cache keeps, however large the budget
 
 int64_t llama_fasa_config::n_decode_rows(const llama_ubatch & ubatch) const {
@@ -46,6 +48,10 @@ int32_t llama_fasa_config::layer_budget(int32_t i, int32_t n) const {
 
 bool llama_fasa_config::exceeds_budget(int64_t n_kv) const {
     return budget > 0 && n_kv > GGML_PAD(smallest_budget(budget, budget_schedule), 256);
+}
+
+bool llama_fasa_config::writes_index(int64_t n_kv, int64_t n_tokens) const {
+    return exceeds_budget(n_kv) || (budget > 0 && n_tokens >= N_PROMPT);
 }
 
 int64_t llama_fasa_config::n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const {
@@ -282,7 +288,7 @@ ggml_tensor * llama_fasa_index_cache::build_write(
         return k_set;
     }
     l->write = nullptr;
-    if (!config.exceeds_budget(n_kv)) {
+    if (!config.writes_index(n_kv, k_idxs->ne[0])) {
         return k_set;
     }
     // reads the rows just written rather than K before rounding: a rebuild from K then gives the same bits, and
@@ -337,8 +343,14 @@ std::vector<int64_t> llama_fasa_index_cache::used_cells(bool is_dirty) const {
 
 void llama_fasa_index_cache::begin_step(
         const std::vector<llama_seq_id> & streams, const std::vector<std::vector<uint32_t>> & cells, int64_t n_kv) {
+    size_t n_tokens = 0;
+    for (const auto & of_stream : cells) {
+        n_tokens += of_stream.size();
+    }
     if (config.exceeds_budget(n_kv)) {
         rebuild();
+    }
+    if (config.writes_index(n_kv, n_tokens)) {
         return;
     }
     for (size_t i = 0; i < streams.size(); ++i) {

@@ -40,9 +40,13 @@ struct llama_fasa_config {
     // How many rows of a step decode: the first ones, up to a sequence that brings more than max_batch rows.
     int64_t n_decode_rows(const llama_ubatch & ubatch) const;
 
-    // Whether n_kv cells are more than the smallest budget of a layer: only steps that see so many write the index and read it.
+    // Whether n_kv cells are more than the smallest budget of a layer: only steps that see so many read the index.
     // n_kv comes padded to 256, so the budget is padded alike: a cache that fits the budget of every layer is decoded dense.
     bool exceeds_budget(int64_t n_kv) const;
+
+    // Whether a step of n_tokens that sees n_kv cells writes the index. One that does not is caught up with when the index is read:
+    // dear once, but free for what ends within the budget.
+    bool writes_index(int64_t n_kv, int64_t n_tokens) const;
 
     // How many rows of a step that sees n_kv cells are sparse: those that decode, or none.
     int64_t n_sparse_rows(const llama_ubatch & ubatch, int64_t n_kv) const;
