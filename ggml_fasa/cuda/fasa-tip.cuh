@@ -246,32 +246,6 @@ static __device__ __forceinline__ void tip_cells_int(
     }
 }
 
-// Score of a cell for a head. tile: the cell's tile; c: its place there.
-static __device__ __forceinline__ float tip_cell(const attn_args & a, const tip_q & q, int h, const char * tile, int c) {
-    if (a.index_type == GGML_FASA_INDEX_F16) {
-        float s = 0.0f;
-#pragma unroll 8
-        for (int j = 0; j < a.n_dim; ++j) {
-            s += q.q[j*a.n_slot + h]*__half2float(((const half *) tile)[j*GGML_FASA_TILE + c]);
-        }
-        return s;
-    }
-    const float      d     = __half2float(((const half *) tile)[c]);
-    const uint32_t * words = (const uint32_t *) (tile + GGML_FASA_TILE*sizeof(half)) + c;
-    int sum = -q.offset[h];
-#pragma unroll 4
-    for (int w = 0; w < a.n_word; ++w) {
-        const uint32_t x = words[w*GGML_FASA_TILE];
-        if (a.index_type == GGML_FASA_INDEX_Q4) {
-            sum = dot4(x & 0x0F0F0F0Fu,        q.words[(2*w + 0)*a.n_slot + h], sum);
-            sum = dot4((x >> 4) & 0x0F0F0F0Fu, q.words[(2*w + 1)*a.n_slot + h], sum);
-        } else {
-            sum = dot4(x ^ 0x80808080u, q.words[w*a.n_slot + h], sum);
-        }
-    }
-    return __fmul_rn(__fmul_rn(q.factor[h], d), (float) sum);
-}
-
 // Asks for the index of the block's cells. May run before the kernels that this one depends on have ended.
 static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
@@ -308,30 +282,8 @@ static __device__ __forceinline__ void tip_scores(
             m[h] = SCORE_NONE;
             z[h] = 0.0f;
         }
-        const int rest = n_rest(a);
-        if (warp < NH && h0 + warp < a.n_group) { // a warp for a head
 #pragma unroll 1
-            for (int i = a.n_run - rest + lane; i < a.n_run; i += WARP_SIZE) {
-                const int t = cell_of(a, u, i);
-                const uint32_t bits = mask_bits(a, mask, t);
-                float s = -INFINITY;
-                if ((bits & 0x01) == 0) {
-                    s = tip_cell(a, q, h0 + warp, plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size, t%GGML_FASA_TILE);
-                    if (h0 + warp == 0) {
-                        s = __uint_as_float((__float_as_uint(s) & ~1u) | (bits >> 4));
-                    }
-                }
-                score[(h0 + warp)*a.n_run + i] = s;
-#pragma unroll
-                for (int h = 0; h < NH; ++h) {
-                    const float now = h == warp ? fmaxf(m[h], s) : m[h];
-                    z[h] = z[h]*exp2f(m[h] - now) + (h == warp ? exp2f(s - now) : 0.0f);
-                    m[h] = now;
-                }
-            }
-        }
-#pragma unroll 1
-        for (int i = 4*threadIdx.x; i < a.n_run - rest; i += 4*FAC_THREAD) {
+        for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
             const int t = cell_of(a, u, i);
             float s[NH][4] = {};
             if (t < a.n_kv) {
@@ -350,7 +302,7 @@ static __device__ __forceinline__ void tip_scores(
                     s[0][c] = __uint_as_float((__float_as_uint(s[0][c]) & ~1u) | (bits >> c >> 4 & 1));
                 }
             }
-            const int next = i + 4*FAC_THREAD < a.n_run - rest ? i + 4*FAC_THREAD : 4*threadIdx.x;
+            const int next = i + 4*FAC_THREAD < a.n_run ? i + 4*FAC_THREAD : 4*threadIdx.x;
             if (next > i || h0 + NH < a.n_group) {
                 held.load(a, plane, mask, cell_of(a, u, next));
             }
