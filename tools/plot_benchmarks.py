@@ -39,11 +39,28 @@ def checks_table(rows):
     return "\n".join(lines)
 
 
+def gpu_stages_table(rows):
+    """Markdown: microseconds of a layer of a step by tests/gpu/fasa-stages.cpp. times: flash attention's over what a layer takes;
+    read: bytes of the index over the time of tip, of the rate of a plain copy."""
+    columns = ("flash_attn_us", "index_write_us", "attn_us", "joined_us", "tip_us", "select_us", "fac_us")
+    lines = [
+        "| cells | index | budget | flash attention | index write | attention | both joined | tip | select | fac | times | read |",
+        "|" + "---|" * 12,
+    ]
+    for r in rows:
+        times = [f"{r[key]:.1f}" if key in r else "" for key in columns]
+        read = f"{r['index_bytes'] / r['tip_us'] / r['copy_gb_per_s'] / 1e3:.2f}" if "tip_us" in r else ""
+        ratio = f"{r['flash_attn_us'] / r['joined_us']:.2f}"
+        lines.append(f"| {' | '.join(map(str, (r['n_kv'], r['index_type'], r['budget'], *times, ratio, read)))} |")
+    return "\n".join(lines)
+
+
 # kind of row -> (chapter, table of rows), in the order of the page; kinds of the same chapter share a table
 CHAPTERS = {
     "decode": ("Decode and prefill", bench_decode.table),
     "prefill": ("Decode and prefill", bench_decode.table),
     "stage": ("Stages on the CPU", bench_stages.table),
+    "gpu_stages": ("Stages on the GPU", gpu_stages_table),
     "ops": ("Checks on the GPU", checks_table),
     "sanitizer": ("Checks on the GPU", checks_table),
     "mapped": ("FASA-M", bench_mapped.table),

@@ -1,6 +1,7 @@
 // What the stages of FASA cost on a GPU, against the flash attention of the same step, on random tensors: one JSON line for each
 // shape, in microseconds for one layer, median of rounds. A library built with -DFASA_CUDA_CLOCK=ON prints the times of tip, select
-// and fac in between. tools/bench_gpu.sh makes rows of both.
+// and fac in between (with few cells that of tip is more than the kernel adds to a step: it starts early and waits for the one before
+// it). tools/bench_gpu.sh makes rows of both.
 //
 //   fasa-stages [KEY=VALUE...]   head=128 (size)  heads=32  kv_heads=8  dims=32  layers=8
 
