@@ -569,6 +569,44 @@ def test_prompt_before_decoding(fasa, text):
     assert (ctx.stats().n_step_mixed, ctx.stats().n_step_sparse, ctx.stats().n_step_prefill) == (0, 0, 2)
 
 
+def test_few_tokens_of_a_prompt(fasa, text):
+    """Rows of a sequence that reads a prompt are dense however few they are, of whatever sequences are beside it.
+
+    The steps have as many rows, so that only FASA can tell that a graph does not fit.
+    """
+    prompt, token = text(450), text(1)
+    ctx, dense = fasa(), fasa(OFF)
+    ctx.decode(prompt)
+    dense.decode(prompt)
+    expected = probe(dense, token, len(prompt))
+    sparse = probe(ctx, token, len(prompt))
+    for seqs, logits in [([0], expected), ([], sparse), ([1], sparse), ([1, 0], expected), ([], sparse)]:
+        ctx.set_prompts(*seqs)
+        assert np.array_equal(probe(ctx, token, len(prompt)), logits), seqs
+    assert not np.array_equal(sparse, expected)
+    assert (ctx.stats().n_step_sparse, ctx.stats().n_step_prefill) == (4, 3)  # one of them the prompt
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_few_tokens_of_a_prompt_beside_decoding(fasa, text, unified):
+    """The sequence before the prompt decodes sparse; in a cache of streams, whose rows go together, it is dense."""
+    prompts, tokens = [text(450), text(430)], text(2)
+    ctx = fasa(n_ctx=2 * N_CTX, n_seq=2, unified=unified)
+    for seq, prompt in enumerate(prompts):
+        ctx.decode(prompt, seq=seq)
+    ctx.set_prompts(1)
+    before = ctx.stats()
+    rows = ctx.decode_rows([(token, len(prompts[seq]), [seq]) for seq, token in enumerate(tokens)])
+    after = ctx.stats()
+    assert (after.n_step_mixed - before.n_step_mixed, after.n_row_sparse - before.n_row_sparse) == (unified, unified)
+    for seq, mode in enumerate([ON if unified else OFF, OFF]):
+        alone = fasa(mode)
+        alone.decode(prompts[seq])
+        assert tolerances.nmse(rows[seq], alone.decode(tokens[seq : seq + 1])) <= tolerances.LIFECYCLE_NMSE
+    ctx.set_prompts()
+    check(ctx, fasa(), prompts[1] + tokens[1:], text(STEPS), seq=1)
+
+
 # --- types of K, V and the index ---
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}  # ggml_type

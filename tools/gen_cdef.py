@@ -25,6 +25,7 @@ PREAMBLE = """\
 struct llama_model;
 struct llama_context;
 typedef uint16_t ggml_fp16_t;
+typedef int32_t llama_seq_id;
 """
 
 

@@ -3,6 +3,7 @@
 struct llama_model;
 struct llama_context;
 typedef uint16_t ggml_fp16_t;
+typedef int32_t llama_seq_id;
 
 // ggml-fasa.h
 
@@ -102,6 +103,8 @@ struct llama_fasa_info  llama_fasa_get_info   (const struct llama_context * ctx)
 
 int32_t llama_fasa_set_budget  (      struct llama_context * ctx, int32_t budget);
 int32_t llama_fasa_check_budget(const struct llama_context * ctx, int32_t budget);
+
+void llama_fasa_set_prompts(struct llama_context * ctx, const llama_seq_id * seqs, size_t n);
 
 struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 void                    llama_fasa_reset_stats(      struct llama_context * ctx);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,18 @@ class Llama(_StockLlama):  # type: ignore[misc]
         if context is None:
             raise FasaError("this Llama is closed")
         return _native.ffi().cast("struct llama_context *", context)
+
+    # Of a prompt the context or a cache may hold all but a few tokens, which would pass for decoded ones.
+    _fasa_reads_prompt = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        self._fasa_reads_prompt = True  # by the first call of eval
+        yield from super().generate(*args, **kwargs)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        reads_prompt, self._fasa_reads_prompt = self._fasa_reads_prompt, False
+        _native.llama().llama_fasa_set_prompts(self._fasa_context(), [0], int(reads_prompt))
+        super().eval(tokens)
 
     def fasa_info(self) -> FasaInfo:
         """What this model runs: layers, budget, sizes."""

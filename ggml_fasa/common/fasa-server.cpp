@@ -27,16 +27,12 @@ int32_t fasa_server_budget(int32_t given) {
     return given >= 0 ? given : served.budget;
 }
 
-static uint64_t n_sparse(const llama_fasa_stats & stats) {
-    return stats.n_step_sparse + stats.n_step_mixed;
-}
-
-bool fasa_server_count(const llama_context * ctx) {
+uint64_t fasa_server_count(const llama_context * ctx) {
     const llama_fasa_stats now = llama_fasa_get_stats(ctx);
     std::lock_guard<std::mutex> lock(mutex);
-    const bool sparse = n_sparse(now) > n_sparse(ran);
+    const uint64_t n_sparse = now.n_row_sparse - ran.n_row_sparse;
     ran = now;
-    return sparse;
+    return n_sparse;
 }
 
 json fasa_server_props() {

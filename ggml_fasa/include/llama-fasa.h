@@ -118,6 +118,10 @@ LLAMA_API struct llama_fasa_info  llama_fasa_get_info   (const struct llama_cont
 LLAMA_API int32_t llama_fasa_set_budget  (      struct llama_context * ctx, int32_t budget);
 LLAMA_API int32_t llama_fasa_check_budget(const struct llama_context * ctx, int32_t budget); // the same, changes nothing
 
+// The n sequences whose tokens, in all steps from now on, are read of a prompt: their rows are dense, however few they are.
+// Without it a sequence decodes if it brings at most max_batch rows. Not while the context decodes.
+LLAMA_API void llama_fasa_set_prompts(struct llama_context * ctx, const llama_seq_id * seqs, size_t n);
+
 LLAMA_API struct llama_fasa_stats llama_fasa_get_stats  (const struct llama_context * ctx);
 LLAMA_API void                    llama_fasa_reset_stats(      struct llama_context * ctx);
 

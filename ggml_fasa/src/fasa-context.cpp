@@ -102,6 +102,12 @@ int32_t llama_fasa_set_budget(llama_context * ctx, int32_t budget) {
     return 0;
 }
 
+void llama_fasa_set_prompts(llama_context * ctx, const llama_seq_id * seqs, size_t n) {
+    if (llama_fasa_index_cache * fasa = ctx->get_cparams().fasa) {
+        fasa->config.prompts.assign(seqs, seqs + n);
+    }
+}
+
 llama_fasa_stats llama_fasa_get_stats(const llama_context * ctx) {
     const llama_fasa_index_cache * fasa = ctx->get_cparams().fasa;
     return fasa ? fasa->stats : llama_fasa_stats {};

@@ -19,15 +19,18 @@ static constexpr int64_t N_PROMPT = 64; // tokens of a step from which on the wr
 static constexpr int32_t ROW_CACHE_MAX = 512; // rows of a KV head that the row cache keeps, however large the budget
 
 int64_t llama_fasa_config::n_decode_rows(const llama_ubatch & ubatch) const {
+    auto is_prompt = [&](llama_seq_id seq) { return std::find(prompts.begin(), prompts.end(), seq) != prompts.end(); };
+
     if (ubatch.equal_seqs()) {
-        return ubatch.n_seq_tokens <= (uint32_t) max_batch ? ubatch.n_tokens : 0;
+        const bool dense = std::any_of(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq, is_prompt);
+        return !dense && ubatch.n_seq_tokens <= (uint32_t) max_batch ? ubatch.n_tokens : 0;
     }
     std::unordered_map<llama_seq_id, int32_t> n_rows;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         n_rows[ubatch.seq_id[i][0]]++;
     }
     uint32_t n = 0;
-    while (n < ubatch.n_tokens && n_rows[ubatch.seq_id[n][0]] <= max_batch) {
+    while (n < ubatch.n_tokens && n_rows[ubatch.seq_id[n][0]] <= max_batch && !is_prompt(ubatch.seq_id[n][0])) {
         ++n;
     }
     return n;

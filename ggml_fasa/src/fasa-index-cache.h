@@ -32,12 +32,14 @@ struct llama_fasa_config {
     int32_t vram; // MiB, 0: no bound
     int32_t budget_schedule; // llama_fasa_params
 
+    std::vector<llama_seq_id> prompts; // llama_fasa_set_prompts
+
     // The budget of the i-th of n sparse layers.
     int32_t layer_budget(int32_t i, int32_t n) const;
 
     ggml_fasa_index_type index_type;
 
-    // How many rows of a step decode: the first ones, up to a sequence that brings more than max_batch rows.
+    // How many rows of a step decode: the first ones, up to a sequence that reads a prompt or brings more than max_batch rows.
     int64_t n_decode_rows(const llama_ubatch & ubatch) const;
 
     // Whether n_kv cells are more than the smallest budget of a layer: only steps that see so many read the index.
@@ -133,7 +135,7 @@ struct llama_fasa_index_cache {
 
     llama_context &   lctx;
     llama_kv_cache &  kv;
-    llama_fasa_config config; // but for the budget as at creation
+    llama_fasa_config config; // but for budget and prompts as at creation
     const int32_t     hadamard;
     llama_fasa_stats  stats = {};
 

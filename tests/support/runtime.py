@@ -40,7 +40,7 @@ def fasa_api():
     """(ffi, library) with the functions of llama-fasa.h."""
     llama()
     ffi = cffi.FFI()
-    ffi.cdef("struct llama_model; struct llama_context;" + declarations("llama-fasa.h"))
+    ffi.cdef("struct llama_model; struct llama_context; typedef int32_t llama_seq_id;" + declarations("llama-fasa.h"))
     return ffi, ffi.dlopen(str(lib_dir() / "libllama.so"))
 
 
@@ -197,6 +197,11 @@ class Context:
         ffi, lib = fasa_api()
         status = lib.llama_fasa_set_budget(ffi.cast("struct llama_context *", _address(self.handle)), budget)
         return status, last_error()
+
+    def set_prompts(self, *seqs):
+        """Sequences whose tokens are read of a prompt from now on."""
+        ffi, lib = fasa_api()
+        lib.llama_fasa_set_prompts(ffi.cast("struct llama_context *", _address(self.handle)), seqs, len(seqs))
 
     def stats(self):
         ffi, lib = fasa_api()
