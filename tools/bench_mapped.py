@@ -222,6 +222,7 @@ class Bench:
             options = f"--tool {tool} --check-api-memory-access no --error-exitcode 1".split()
             result = self.call("compute-sanitizer", *options, self.program, "ops", check=False)
             print(tool, result.stdout[-1500:], result.stderr[-500:])
+            print("\n".join(line for line in result.stdout.splitlines() if re.search("Warning|Error|hazard", line)))
             if result.returncode != 0:
                 raise Failed(tool)
             passed = re.search(r"\d+/\d+ cases passed", result.stdout)[0]
