@@ -62,7 +62,9 @@ def test_slots(server, text, kv):
         # not the same tokens: a batch of other rows rounds otherwise and may decide a near tie otherwise
         assert all(len(tokens) == 24 for tokens, _ in alone + at_once)
         assert all(t["fasa_sparse_n"] + t["fasa_dense_n"] == 23 for _, t in at_once)
-        assert sum(t["fasa_sparse_n"] for _, t in at_once) > 0.9 * 23 * len(requests)
+        # a step of streams that reads a prompt is dense for all four slots
+        n_dense = 3 * len(requests) if kv == STREAMS else 0.1 * 23 * len(requests)
+        assert sum(t["fasa_dense_n"] for _, t in at_once) <= n_dense
         counts = s.metrics()
         assert counts["rows_sparse_total"] >= sum(t["fasa_sparse_n"] for _, t in alone + at_once)
         if kv != STREAMS:  # whose batches llama.cpp splits by itself, with one row of a prompt beside those that decode
