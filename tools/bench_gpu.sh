@@ -6,6 +6,8 @@
 #   sanitizer  compute-sanitizer (memcheck, racecheck, initcheck) on small cases
 #   decode     tokens/s against depth, FASA off and on, on random weights in the shape of Llama 3.1 8B
 #   prefill    tokens/s of reading a prompt, the same
+#   tokens     greedy tokens and logits: a budget of all that is cached against dense, a run against the same run again, and
+#              where there are two GPUs, layers split between them against one
 #   stages     the op alone against flash attention; in a build with -DFASA_CUDA_CLOCK=ON also what each stage takes
 #
 # usage: tools/bench_gpu.sh (--build DIR | --bin DIR) [--only PART,PART] [--model GGUF] [--cases REGEX] [--out JSONL]
@@ -48,7 +50,7 @@ while [ $# -gt 0 ]; do
 done
 for part in ${only//,/ }; do
     case $part in
-        ops | sanitizer | decode | prefill | stages) ;;
+        ops | sanitizer | decode | prefill | tokens | stages) ;;
         *) fail "--only: there is no part '$part'" ;;
     esac
 done
@@ -112,6 +114,41 @@ measure() {
     [ -f "$model" ] || "$python" "$root/tools/random_gguf.py" "$model" || return 1
     "$python" "$root/tools/bench_decode.py" --model "$model" --llama-bench "$bin/llama-bench" --n-gpu-layers 99 \
         --budget 256 1024 --reps 3 --out "$out" "$@"
+}
+
+# greedy GPUS KEY=VALUE...: what fasa-mapped says of a run on these GPUs, on 8192 random tokens
+greedy() {
+    local gpus=$1
+    shift
+    CUDA_VISIBLE_DEVICES=$gpus "$bin/fasa-mapped" run "$model" ctx=8704 depth=8192 gen=64 "$@"
+}
+
+# same WHAT A B: a row, and whether the tokens of two runs are the same
+same() {
+    "$python" - "$out" "$@" <<'EOF'
+import json, sys
+from machine import emit, gpu, row
+out, what, *runs = sys.argv[1:]
+a, b = map(json.loads, runs)
+n_same = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"])) if x != y), len(a["tokens"]))
+result = f"{n_same} of {len(a['tokens'])} tokens, logits {'equal' if a['logits'] == b['logits'] else 'not equal'} bit by bit"
+print(f"{what}: {result}")
+emit(row("gpu_tokens", gpu=gpu(), check=what, result=result), out)
+sys.exit(n_same < len(a["tokens"]))
+EOF
+}
+
+run_tokens() {
+    [ -f "$model" ] || "$python" "$root/tools/random_gguf.py" "$model" || return 1
+    local result=0 dense sparse
+    dense=$(greedy 0 mode=off) && sparse=$(greedy 0 mode=c budget=256) || return 1
+    same 'budget of all that is cached, dense' "$(greedy 0 mode=c budget=16384)" "$dense" || result=1
+    same 'budget 256, the same again' "$(greedy 0 mode=c budget=256)" "$sparse" || result=1
+    if [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" -gt 1 ]; then
+        same 'two GPUs, one: dense' "$(greedy 0,1 mode=off)" "$dense" || result=1
+        same 'two GPUs, one: budget 256' "$(greedy 0,1 mode=c budget=256)" "$sparse" || result=1
+    fi
+    return "$result"
 }
 
 # Lines of fasa-stages as rows: the clock's, of which a shape has many, come before the line of their shape.

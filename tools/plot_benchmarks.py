@@ -39,6 +39,11 @@ def checks_table(rows):
     return "\n".join(lines)
 
 
+def tokens_table(rows):
+    """Markdown: which runs came to the same tokens."""
+    return "\n".join(["| runs | the same |", "|---|---|"] + [f"| {r['check']} | {r['result']} |" for r in rows])
+
+
 def gpu_stages_table(rows):
     """Markdown: microseconds of a layer of a step by tests/gpu/fasa-stages.cpp. times: flash attention's over what a layer takes;
     read: bytes of the index over the time of tip, of the rate of a plain copy."""
@@ -63,6 +68,7 @@ CHAPTERS = {
     "gpu_stages": ("Stages on the GPU", gpu_stages_table),
     "ops": ("Checks on the GPU", checks_table),
     "sanitizer": ("Checks on the GPU", checks_table),
+    "gpu_tokens": ("Tokens on the GPU", tokens_table),
     "mapped": ("FASA-M", bench_mapped.table),
     "mapped_check": ("FASA-M: checks", bench_mapped.checks_table),
     "quality": ("Quality", eval_quality.table),
