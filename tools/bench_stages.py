@@ -52,6 +52,7 @@ INDEX_TYPES = ("f16", "q8", "q4")
 N_SINK, N_RECENT = 4, 32
 COLD_BYTES = 256 << 20  # of index, read before a copy comes round again
 LAYERS = 32  # copies that a measurement goes through, if there are as many
+LINE = 64  # bytes of a cache line
 MARGIN = 16 << 20  # of a ggml context: what is there once, alignment
 NODE_BYTES = 4096  # of a ggml context, per node: its views and headers
 
@@ -103,7 +104,20 @@ class Step:
         self.lib.ggml_free(self.ctx)
 
     def _tensor(self, kind, *ne):
+        self._align()
         return self.lib.ggml_new_tensor_4d(self.ctx, kind, *ne, *[1] * (4 - len(ne)))
+
+    def _align(self):
+        """Makes the data of the context's next tensor begin at a cache line, as in a KV cache."""
+
+        def end(size):  # of a new tensor of so many bytes
+            tensor = self.lib.ggml_new_tensor_4d(self.ctx, I32, size // 4, 1, 1, 1)
+            return int(self.lib.ffi.cast("uintptr_t", self.lib.ggml_get_data(tensor))) + size
+
+        first = end(LINE)
+        second = end(LINE)
+        head = second - first - LINE  # of a tensor, before its data
+        end(LINE + -(second + 2 * head) % LINE)
 
     def data(self, tensor, dtype):
         n = self.lib.ggml_nbytes(tensor)
@@ -133,7 +147,7 @@ class Step:
             for i in range(some.size, values.size, some.size):  # from itself: fast
                 values[i : i + some.size] = values[: min(some.size, values.size - i)]
         self.index = {
-            t: [self.lib.ggml_fasa_new_index(self.ctx, t, self.J, n_kv, G, 1) for _ in range(self.n_copy)]
+            t: [self._index(t) for _ in range(self.n_copy)]
             for t in self.n_index_types
         }
         all_cells = self._tensor(I64, n_kv)
@@ -141,6 +155,10 @@ class Step:
         for t in self.n_index_types:
             for copies in self.layers:
                 self.run(self.graph(copies, lambda c, t=t: [self.write(c, t, all_cells)]), os.cpu_count())
+
+    def _index(self, index_type):
+        self._align()
+        return self.lib.ggml_fasa_new_index(self.ctx, index_type, self.J, self.n_kv, self.G, 1)
 
     def graph(self, copies, nodes):
         """A graph of the nodes nodes(copy) of some copies."""
@@ -266,8 +284,12 @@ class StageCalls:
         self.k, self.v = heads(step.k, 2 * d), heads(step.v, 2 * d)
 
     def _pointer(self, array, ctype="float *"):
-        self.arrays.append(array)
-        return self.step.lib.ffi.cast(ctype, array.ctypes.data)
+        """To a copy of array that begins at a cache line, as work buffers of graphs do."""
+        room = np.zeros(array.nbytes + LINE, np.uint8)
+        aligned = room[-room.ctypes.data % LINE :][: array.nbytes].view(array.dtype)
+        aligned[:] = array.ravel()
+        self.arrays.append(room)
+        return self.step.lib.ffi.cast(ctype, aligned.ctypes.data)
 
     def tip(self, c, g):
         s = self.step
