@@ -246,12 +246,13 @@ static __device__ __forceinline__ void tip_cells_int(
     }
 }
 
-// Asks for the index of the block's cells. May run before the kernels that this one depends on have ended.
+// Asks for the index of the block's cells. May run before the kernels that this one depends on have ended. The lanes of a warp ask
+// one after the other, so neighbouring tiles are for other warps.
 static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
 #pragma unroll 1
-    for (int i = threadIdx.x%WARP_SIZE*FAC_WARP + threadIdx.x/WARP_SIZE; GGML_FASA_TILE*i < a.n_run; i += FAC_THREAD) { // a lane
-        const int t = cell_of(a, u, GGML_FASA_TILE*i);                                                    // at a time asks
+    for (int i = threadIdx.x%WARP_SIZE*FAC_WARP + threadIdx.x/WARP_SIZE; GGML_FASA_TILE*i < a.n_run; i += FAC_THREAD) {
+        const int t = cell_of(a, u, GGML_FASA_TILE*i);
         if (t < a.n_kv) {
             const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(tile), "r"(a.tile_size));
