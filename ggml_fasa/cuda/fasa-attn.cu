@@ -29,26 +29,10 @@ namespace fasa {
 #define FASA_KERNEL_ARG const __grid_constant__ attn_args // functions that are not inlined take its address
 #endif
 
-// The head's dims and their center that a lane of any warp deals with, number lane + 32*i; for more than these two, tip_load_q reads
-// on.
-struct held_dims {
-    int   dim[2];
-    float center[2];
-
-    __device__ __forceinline__ void load(const attn_args & a, const unit & u) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int j = threadIdx.x%WARP_SIZE + i*WARP_SIZE;
-            dim[i]    = j < a.n_dim ? a.dims[u.g*a.n_dim + j] : 0;
-            center[i] = j < a.n_dim && a.write.center ? a.write.center[u.g*a.n_dim + j] : 0.0f;
-        }
-    }
-};
-
 // Stage index_cache for the cells that this step wrote K to and that are the block's, by one warp. written: [n_write] of shared
 // memory, those cells, else -1. ids: of lane i that of cell i.
 static __device__ __forceinline__ void write_cells(
-        const attn_args & a, const unit & u, const held_dims & held, uint32_t ids, int * written) {
+        const attn_args & a, const unit & u, const held_dims<2> & held, uint32_t ids, int * written) {
     const int lane = threadIdx.x%WARP_SIZE;
 #pragma unroll 1
     for (int i = 0; i < a.write.n_write; ++i) {
@@ -113,8 +97,8 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     // no kernel writes dims and ids, and the index but for few cells is older than the kernel before
     const char * plane = a.index + u.s*a.index_nb3 + u.g*a.index_nb2;
     tip_prefetch(a, u, plane);
-    held_dims dims;
-    dims.load(a, u);
+    held_dims<2> dims;
+    dims.load(a.dims, a.write.center, a.n_dim, u.g, threadIdx.x%WARP_SIZE);
     const uint32_t ids = threadIdx.x%WARP_SIZE < a.write.n_write ? a.write.cells[threadIdx.x%WARP_SIZE] : 0;
     ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {

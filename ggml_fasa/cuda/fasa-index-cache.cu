@@ -23,14 +23,8 @@ __global__ void fasa_index_write(const fasa::index_write_args a) {
     const int64_t unit = (int64_t) blockIdx.x*N_WARP + warp;
     const int     g    = unit%a.n_head_kv;
 
-    int   dim[N_HELD]; // no kernel writes them
-    float center[N_HELD];
-#pragma unroll
-    for (int i = 0; i < N_HELD; ++i) {
-        const int j = lane + i*WARP_SIZE;
-        dim[i]    = j < a.n_dim ? a.dims[g*a.n_dim + j] : 0;
-        center[i] = j < a.n_dim && a.center ? a.center[g*a.n_dim + j] : 0.0f;
-    }
+    fasa::held_dims<N_HELD> held;
+    held.load(a.dims, a.center, a.n_dim, g, lane);
     ggml_cuda_pdl_sync();
 
     if (unit >= a.n_write*a.n_head_kv) {
@@ -57,7 +51,7 @@ __global__ void fasa_index_write(const fasa::index_write_args a) {
     float x[N_HELD];
 #pragma unroll
     for (int i = 0; i < N_HELD; ++i) {
-        x[i] = lane + i*WARP_SIZE < a.n_dim ? __fsub_rn(row[dim[i]], center[i]) : 0.0f;
+        x[i] = lane + i*WARP_SIZE < a.n_dim ? __fsub_rn(row[held.dim[i]], held.center[i]) : 0.0f;
     }
     char * tile = a.index + s*a.index_nb3 + g*a.index_nb2 + (size_t) (cell/GGML_FASA_TILE)*a.tile_size;
     fasa::index_put(a, tile, cell%GGML_FASA_TILE, x, lane);

@@ -49,6 +49,23 @@ static __device__ __forceinline__ int warp_reduce_max_int(int x) {
 
 constexpr int INDEX_DIM_MAX = 256; // of a head
 
+// The dims of a head and their center that a lane deals with: number lane + 32*i, 0 beyond n_dim. No kernel writes them.
+template <int N>
+struct held_dims {
+    int   dim[N];
+    float center[N];
+
+    // dims: [n_head_kv][n_dim]; all_center: the same or NULL
+    __device__ __forceinline__ void load(const int32_t * dims, const float * all_center, int n_dim, int g, int lane) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int j = lane + i*WARP_SIZE;
+            dim[i]    = j < n_dim ? dims[g*n_dim + j] : 0;
+            center[i] = j < n_dim && all_center ? all_center[g*n_dim + j] : 0.0f;
+        }
+    }
+};
+
 // Puts a cell, the c-th of a tile, into the index: K minus center of its dims, of which lane l of a warp has number l + 32*i in
 // x[i], 0 beyond n_dim.
 template <int N>

@@ -29,7 +29,7 @@ static __device__ __noinline__ float * unrotated(const float * row, float * to, 
 }
 
 // The group's queries: whole rows into q, [n_slot][d_k] of shared memory, a warp for each; for tip into tip,
-// n_slot*(n_dim_pad + 2) words of it. dim: see held_dims. spare: n_slot rows for a while. meanwhile: called when the rows are
+// n_slot*(n_dim_pad + 2) words of it. dim: of held_dims, for more dims than these it reads on. spare: n_slot rows for a while. meanwhile: called when the rows are
 // asked for.
 template <typename F>
 static __device__ __forceinline__ tip_q tip_load_q(
