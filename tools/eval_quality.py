@@ -1,17 +1,19 @@
 """How far FASA's output is from dense attention, by llama-perplexity: perplexity ratio, KL divergence, top-1 agreement.
 
-    python tools/eval_quality.py --model A.gguf B.gguf --text test.txt --out docs/benchmarks/quality.jsonl
-    python tools/eval_quality.py --model M.gguf --text T.txt --ctx 4096 --chunks 2 --variants default oracle
+    python tools/eval_quality.py --model A.gguf B.gguf --text test.txt --chunks -1 6 --tasks
+    python tools/eval_quality.py --model M.gguf --text T.txt --chunks 2 --variants default oracle --out T.jsonl
     python tools/eval_quality.py --docs
 
-The first command is the whole table of docs/quality.md. For each context the text is run once dense, saving the
-logits, then once for each variant and budget with every batch served sparse by the op that ships. Rows that --out
-holds already are not measured again, so a run that was stopped goes on. Logits take n_vocab * n_ctx bytes per chunk
-on disk. --docs writes the rows of docs/benchmarks/quality.jsonl into docs/quality.md; tools/plot_benchmarks.py draws
-them.
+The first command is the whole table of docs/quality.md: without --ctx, --variants and --budget, every variant at the
+least budget, the most telling ones at larger ones and at a larger context; with --tasks also what
+tools/eval_tasks.py asks. For each context the text is run once dense, saving the logits, then once for each variant
+and budget with every batch served sparse by the op that ships. Rows that --out holds already are not measured again,
+so a run that was stopped goes on. Logits take n_vocab * n_ctx bytes per chunk on disk. --docs writes the rows of
+docs/benchmarks/quality.jsonl into docs/quality.md; tools/plot_benchmarks.py draws them.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import itertools
 import json
@@ -21,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import eval_tasks
@@ -65,6 +68,11 @@ VARIANTS = {
     "kv-q4_0": ("dense, K and V in q4_0", None, ["--fasa", "off", "-ctk", "q4_0", "-ctv", "q4_0"]),
 }
 
+# What is in the whole table: (context, budget, variants); and in its tasks: (context, budgets, tasks)
+TELLING = ["default", "oracle", "paper", "window"]
+TABLE = [(4096, 256, list(VARIANTS)), (4096, 512, TELLING), (4096, 1024, TELLING), (8192, 512, TELLING)]
+TASKS = [(8192, [256, 1024], list(eval_tasks.TASKS)), (32768, [256], ["passkey"])]
+
 # What llama-perplexity prints at its end; the sign between value and uncertainty is not ASCII.
 NUMBER = r"\s*:\s*(-?[\d.]+)\s*\S+\s*([\d.]+)"
 FIGURES = {
@@ -108,17 +116,20 @@ def arguments(templates, **values):
 
 
 @functools.cache  # it takes seconds to read a large vocabulary
-def of_paper(model):
-    """What the paper's rule leaves to the model: a quarter of the FCs of a head, and how many layers are dense besides
-    those with a window."""
+def hyperparameters(model):
+    """A function that looks one up by the name that it has after that of the architecture; None: there is none."""
     from gguf import GGUFReader
 
     fields = GGUFReader(model).fields
     arch = fields["general.architecture"].contents()
+    found = {name.removeprefix(f"{arch}."): f.contents() for name, f in fields.items() if name.startswith(f"{arch}.")}
+    return found.get
 
-    def get(name):
-        return fields[f"{arch}.{name}"].contents() if f"{arch}.{name}" in fields else None
 
+def of_paper(model):
+    """What the paper's rule leaves to the model: a quarter of the FCs of a head, and how many layers are dense besides
+    those with a window."""
+    get = hyperparameters(model)
     head_size = get("attention.key_length") or get("embedding_length") // get("attention.head_count")
     n_rot = get("rope.dimension_count") or head_size
     return {"quarter": n_rot // 2 // 4, "first": 0 if get("attention.sliding_window") else 1}
@@ -182,9 +193,14 @@ def settings_of(measured):
 
 def plan(args):
     """(context, variant, budget) of every row that is asked for."""
-    for ctx, variant in itertools.product(args.ctx, args.variants):
-        for budget in args.budget if VARIANTS[variant][1] is not None else [None]:
-            yield ctx, variant, budget
+    if not (args.ctx or args.variants or args.budget):
+        table = TABLE
+    else:
+        table = itertools.product(args.ctx or [4096], args.budget or [256], [args.variants or list(VARIANTS)])
+    rows = {}  # in order, once each: of K and V in another type there is one for all budgets
+    for ctx, budget, variants in table:
+        rows |= {(ctx, v, None if VARIANTS[v][1] is None else budget): None for v in variants}
+    return list(rows)
 
 
 def measure(command):
@@ -207,48 +223,102 @@ def in_f32(args, model, work):
     return copy
 
 
-def evaluate(args, model, work, tools):
+class Once:
+    """Makes files, each once, whichever thread asks first."""
+
+    def __init__(self):
+        self.lock, self.locks = threading.Lock(), {}
+
+    def make(self, path, command):
+        """path, made by a command (part): what to run to write the file part."""
+        with self.lock:
+            lock = self.locks.setdefault(path, threading.Lock())
+        with lock:
+            if not path.exists():
+                part = path.with_suffix(".part")
+                check_run(command(part))
+                part.rename(path)
+        return path
+
+
+def sidecar(args, model, work, once, how=()):
+    """The calibration of a model, made with these arguments of fasa-calibrate."""
+    how = [*how, *args.calibrate_args.split()]
+    name = f"{'-'.join(['calibrated', *how]).replace('/', '-')}.gguf"
+    command = [find_tool("fasa-calibrate", args.fasa_calibrate), model, "--sidecar", "--threads", str(args.threads)]
+    return once.make(work / name, lambda part: [*command, "--n-gpu-layers", str(args.n_gpu_layers), "-o", part, *how])
+
+
+def perplexity_command(args, model, ctx, chunks):
+    command = [find_tool("llama-perplexity", args.llama_perplexity), "-m", model, "-f", args.text, "-fa", "on"]
+    options = {"-c": ctx, "--chunks": chunks, "-b": min(ctx, 2048), "-ub": UBATCH, "-t": args.threads}
+    options["-ngl"] = args.n_gpu_layers
+    return [*command, *map(str, itertools.chain(*options.items()))]
+
+
+def evaluate(args, model, chunks, work, pool, once):
     """The rows of a model that --out does not hold yet, each with the seconds since the one before."""
-    perplexity, calibrate = tools
-    text, have, clock, rows = pathlib.Path(args.text).name, done(args.out), time.monotonic(), []
-    for ctx, variant, budget in plan(args):
-        settings = dict(variant=variant, budget=budget, ctx=ctx, chunks=args.chunks, text=text)
-        measured = row("quality", model, **settings, weights=args.weights, calibrate_args=args.calibrate_args)
-        if settings_of(measured) in have:
-            continue
+    text, have, clock = pathlib.Path(args.text).name, done(args.out), time.monotonic()
+
+    def one(ctx, variant, budget, measured):
         _, how, options = VARIANTS[variant]
         values = {"budget": budget, "window": (budget or 0) - 5, **of_paper(model)}
-
-        command = [perplexity, "-m", model, "-f", args.text, "-c", str(ctx), "--chunks", str(args.chunks), "-fa", "on"]
-        command += [
-            "-b",
-            str(min(ctx, 2048)),
-            "-ub",
-            str(UBATCH),
-            "-t",
-            str(args.threads),
-            "-ngl",
-            str(args.n_gpu_layers),
-        ]
-        logits = work / f"dense-{ctx}-{args.chunks}.logits"
-        if not logits.exists():
-            part = logits.with_suffix(".part")
-            check_run([*command, "--kl-divergence-base", part, "--fasa", "off"])
-            part.rename(logits)
-
+        command = perplexity_command(args, model, ctx, chunks)
+        how = None if how is None else sidecar(args, model, work, once, arguments(how, **values))
+        logits = once.make(
+            work / f"dense-{ctx}-{chunks}.logits",
+            lambda part: [*command, "--kl-divergence-base", part, "--fasa", "off"],
+        )
         command += ["--kl-divergence-base", logits, "--kl-divergence", *arguments(options, **values)]
         if how is not None:
-            how = [*arguments(how, **values), *args.calibrate_args.split()]
-            sidecar = work / f"{'-'.join(['calibrated', *how]).replace('/', '-')}.gguf"
-            if not sidecar.exists():
-                check_run([calibrate, model, "--sidecar", "-o", sidecar, "--threads", str(args.threads), *how])
-            command += ["--fasa-file", sidecar]
-        measured.update(measure(command))
-        measured["seconds"], clock = round(time.monotonic() - clock), time.monotonic()
+            command += ["--fasa-file", how]
+        return measured | measure(command)
+
+    jobs = []
+    for ctx, variant, budget in plan(args):
+        settings = dict(variant=variant, budget=budget, ctx=ctx, chunks=chunks, text=text)
+        measured = row("quality", model, **settings, weights=args.weights, calibrate_args=args.calibrate_args)
+        if settings_of(measured) not in have:
+            jobs.append(pool.submit(one, ctx, variant, budget, measured))
+    rows = []
+    for job in concurrent.futures.as_completed(jobs):
+        measured = job.result()
+        measured["seconds"], clock = round(time.monotonic() - clock, 1), time.monotonic()
         emit(measured, args.out)
-        print(f"context {ctx}, {variant}, budget {budget}: KL {measured['kl']:.5f}", file=sys.stderr)
+        print(f"{measured['model']}, context {measured['ctx']}, {measured['variant']}, budget {measured['budget']}: "
+              f"KL {measured['kl']:.5f}", file=sys.stderr)  # fmt: skip
         rows.append(measured)
+    for logits in work.glob("dense-*.logits"):  # of no more use, and large
+        logits.unlink()
     return rows
+
+
+def ask_tasks(args, model, ctx, budgets, tasks, work, once):
+    """Rows of eval_tasks.py for a model as it is."""
+    command = [sys.executable, eval_tasks.__file__, "--model", model, "--tasks", *tasks, "--out", args.tasks_out]
+    command += ["--fasa-file", sidecar(args, model, work, once), "--ctx", str(ctx), "--budget", *map(str, budgets)]
+    command += ["--n-gpu-layers", str(args.n_gpu_layers), "--threads", str(args.threads)]
+    command += ["--llama-server", find_tool("llama-server", args.llama_server)]
+    print(check_run(command).splitlines()[-1], file=sys.stderr)
+
+
+def run(args, chunks, work, pool):
+    """All that is asked for; chunks: {model: how many}."""
+    began, once, rows, asked = time.monotonic(), Once(), [], []
+    for model, n_chunks in chunks.items():
+        of_model = work / pathlib.Path(model).stem
+        of_model.mkdir(parents=True, exist_ok=True)
+        measured = model if args.weights is None else in_f32(args, model, of_model)
+        rows += evaluate(args, measured, n_chunks, of_model, pool, once)
+    for model, (ctx, budgets, tasks) in itertools.product(chunks if args.tasks else [], TASKS):
+        if ctx <= hyperparameters(model)("context_length"):
+            of_tasks = work / pathlib.Path(model).stem / "tasks"
+            of_tasks.mkdir(exist_ok=True)
+            asked.append(pool.submit(ask_tasks, args, model, ctx, budgets, tasks, of_tasks, once))
+    for job in concurrent.futures.as_completed(asked):
+        job.result()
+    print(table(rows))
+    print(f"{len(rows)} rows and {len(asked)} sets of tasks in {time.monotonic() - began:.0f} s")
 
 
 def main():
@@ -261,23 +331,40 @@ def main():
     parser.add_argument("--model", nargs="+", help="GGUF files; they are not changed")
     parser.add_argument("--text", help="text to predict; not the calibration text")
     parser.add_argument("--docs", action="store_true", help="write the tables of docs/quality.md, and do nothing else")
-    parser.add_argument("--ctx", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--chunks", type=int, default=-1, help="contexts evaluated (default: all)")
-    parser.add_argument("--budget", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--ctx", type=int, nargs="+", help="(default: 4096)")
+    parser.add_argument("--budget", type=int, nargs="+", help="(default: 256)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="(default: all)")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[-1], help="contexts evaluated, for each model (default: -1, all)"
+    )
+    parser.add_argument(
+        "--tasks", action="store_true", help="then ask the tasks of eval_tasks.py, of the models as they are"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="programs that run side by side (default: 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each program (default: all)")
     parser.add_argument("--n-gpu-layers", type=int, default=0)
     parser.add_argument(
         "--weights", choices=["f32"],
         help="measure a copy of the model with weights in f32: activations then stay what they are, while those that are"
         " quantised to suit quantised weights turn the least difference into a KL divergence of 0.015 on some machines",
     )  # fmt: skip
-    parser.add_argument("--work", help="folder for sidecars and logits, kept and used again (default: a temporary one)")
+    parser.add_argument(
+        "--work", help="folder for sidecars and logits, used again by a run that goes on (default: a temporary one)"
+    )
     parser.add_argument("--calibrate-args", default="", help="more arguments of fasa-calibrate, in one string")
     parser.add_argument("--llama-perplexity", help="path of the program (default: the installed one)")
     parser.add_argument("--llama-quantize", help="path of the program (default: the installed one)")
+    parser.add_argument("--llama-server", help="path of the program (default: the installed one)")
     parser.add_argument("--fasa-calibrate", help="path of the program (default: the installed one)")
-    parser.add_argument("--out", type=pathlib.Path, help="append the JSON lines to this file instead of printing them")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=ROWS[0],
+        help="append the JSON lines to this file (default: that of the docs)",
+    )
+    parser.add_argument(
+        "--tasks-out", type=pathlib.Path, default=ROWS[1], help="the same for --tasks (default: that of the docs)"
+    )
     args = parser.parse_args()
     if args.docs:
         DOCS.write_text(with_tables(DOCS.read_text()))
@@ -285,14 +372,16 @@ def main():
     if not args.model or not args.text:
         parser.error("--model and --text are needed")
 
-    tools = find_tool("llama-perplexity", args.llama_perplexity), find_tool("fasa-calibrate", args.fasa_calibrate)
-    with tempfile.TemporaryDirectory() as temporary:
-        rows = []
-        for model in args.model:
-            work = pathlib.Path(args.work or temporary) / pathlib.Path(model).stem
-            work.mkdir(parents=True, exist_ok=True)
-            rows += evaluate(args, model if args.weights is None else in_f32(args, model, work), work, tools)
-        print(table(rows))
+    chunks = args.chunks * len(args.model) if len(args.chunks) == 1 else args.chunks
+    if len(chunks) != len(args.model):
+        parser.error("--chunks: give one number, or one for each model")
+
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            run(args, dict(zip(args.model, chunks)), pathlib.Path(args.work or temporary), pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":
