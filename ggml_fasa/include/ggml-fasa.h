@@ -23,6 +23,10 @@ extern "C" {
 // Cells of one index tile. Fixed: it is part of the index layout.
 #define GGML_FASA_TILE 32
 
+// Bytes of K and V up to which a staged op takes all heads at once, see ggml_fasa_staged_heads: to copy them takes less than a
+// millisecond.
+#define GGML_FASA_STAGED_WHOLE ((size_t) 32 << 20)
+
 // Alignment in bytes of what lies in a staging tensor.
 #define GGML_FASA_STAGING_ALIGN 256
 
@@ -190,8 +194,8 @@ GGML_API struct ggml_tensor * ggml_fasa_dense(
         float                 scale,
         float                 softcap);
 
-// The backend's own flash attention over a cache that the device reaches slowly: K and V of some heads are copied to staging
-// while the heads before them are worked on. Only on CUDA. Arguments and result as of ggml_fasa_dense; mask is F16.
+// The backend's own flash attention over a cache that the device reaches slowly: K and V are copied to staging, where that does not
+// hold all heads some at a time, while the heads before them are worked on. Only on CUDA. Arguments and result as of ggml_fasa_dense; mask is F16.
 //   k, v    : the heads of a cell are neighbours
 //   staging : I8, one-dimensional, in memory of the device, for ggml_fasa_staging_size bytes of at least one head
 GGML_API struct ggml_tensor * ggml_fasa_staged(
@@ -210,10 +214,11 @@ GGML_API struct ggml_tensor * ggml_fasa_staged(
 GGML_API size_t ggml_fasa_staging_size(
         enum ggml_type type_k, int64_t d_k, enum ggml_type type_v, int64_t d_v, int64_t n_cells, int64_t n_head, int64_t n_head_kv);
 
-// Heads that are staged at a time if nothing bounds them: a quarter, so that copies and work overlap.
+// Heads of a large K and V that are staged at a time if nothing bounds them: a quarter, so that copies and work overlap.
 GGML_API int64_t ggml_fasa_staged_heads_max(int64_t n_head_kv);
 
-// Heads that a staged op copies at a time: as many as its staging holds.
+// Heads that a staged op copies at a time: all, if staging holds them and they take at most GGML_FASA_STAGED_WHOLE, so that the
+// result is the one of K and V on the device bit by bit; else as many as staging holds, at most ggml_fasa_staged_heads_max.
 GGML_API int64_t ggml_fasa_staged_heads(const struct ggml_tensor * op);
 
 #ifdef __cplusplus

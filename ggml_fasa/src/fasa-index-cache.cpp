@@ -197,12 +197,12 @@ llama_fasa_index_cache::llama_fasa_index_cache(
     }
 }
 
-// Bytes for the staging of K and V of layers, at most n_head_max heads at a time.
+// Bytes for the staging of K and V of layers, at most n_head_max heads at a time. n_head_max = 0: all heads at once.
 size_t llama_fasa_index_cache::staging_size(const std::vector<size_t> & mapped, int64_t n_head_max) const {
     size_t size = 0;
     for (const size_t i : mapped) {
         const int64_t n_head_kv = kv.hparams.n_head_kv(layers[i].il);
-        const int64_t n_head    = std::min(n_head_max, ggml_fasa_staged_heads_max(n_head_kv));
+        const int64_t n_head    = n_head_max == 0 ? n_head_kv : std::min(n_head_max, ggml_fasa_staged_heads_max(n_head_kv));
         const auto &  cache     = kv.layers[kv.map_layer_ids.at(layers[i].il)];
         size = std::max(size, ggml_fasa_staging_size(cache.k->type, kv.hparams.n_embd_head_k(layers[i].il), cache.v->type,
                 kv.hparams.n_embd_head_v(layers[i].il), (int64_t) kv.get_size()*kv.n_stream, n_head, n_head_kv));
@@ -255,7 +255,11 @@ void llama_fasa_index_cache::new_device_tensors(
             index_size + rows_size + staging_size(mapped, n_head + 1) <= bound) {
         ++n_head;
     }
-    ggml_tensor * staging = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, staging_size(mapped, n_head));
+    size_t size = std::max(staging_size(mapped, n_head), std::min(staging_size(mapped, 0), GGML_FASA_STAGED_WHOLE));
+    if (index_size + rows_size + size > bound) {
+        size = staging_size(mapped, n_head);
+    }
+    ggml_tensor * staging = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, size);
     ggml_set_name(staging, "fasa_staging");
     staging_bytes += ggml_nbytes(staging);
     for (const size_t i : mapped) {

@@ -239,6 +239,9 @@ int64_t ggml_fasa_staged_heads(const ggml_tensor * op) {
     auto size_of = [&](int64_t n) {
         return ggml_fasa_staging_size(k->type, k->ne[0], v->type, v->ne[0], k->ne[1]*k->ne[3], n, k->ne[2]);
     };
+    if (size_of(k->ne[2]) <= std::min(ggml_nbytes(staging), GGML_FASA_STAGED_WHOLE)) {
+        return k->ne[2];
+    }
     int64_t n = ggml_fasa_staged_heads_max(k->ne[2]);
     while (n > 0 && size_of(n) > ggml_nbytes(staging)) {
         --n;

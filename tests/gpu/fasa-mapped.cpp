@@ -64,6 +64,7 @@ struct shape {
     int64_t   d, n_head_kv, n_group, n_kv, budget, n_row, n_stream;
     ggml_type type; // of K and V
     int64_t   n_cached = 0; // rows of the row cache
+    bool      whole    = false; // staging holds all heads
     int64_t   n_cells() const { return GGML_PAD(n_kv, 256) + 256; }
     int64_t   n_head() const { return n_head_kv*n_group; }
 };
@@ -101,7 +102,7 @@ struct op_case {
         mask    = ggml_new_tensor_4d(dev, GGML_TYPE_F16, s.n_kv, s.n_row, 1, s.n_stream);
         sinks   = ggml_new_tensor_1d(dev, GGML_TYPE_F32, s.n_head());
         staging = ggml_new_tensor_1d(dev, GGML_TYPE_I8, ggml_fasa_staging_size(s.type, s.d, s.type, s.d, s.n_kv*s.n_stream,
-                ggml_fasa_staged_heads_max(s.n_head_kv), s.n_head_kv));
+                s.whole ? s.n_head_kv : ggml_fasa_staged_heads_max(s.n_head_kv), s.n_head_kv));
         written = ggml_new_tensor_1d(dev, GGML_TYPE_I64, N_WRITTEN);
         if (mapped && s.n_cached > 0) {
             row_state = ggml_fasa_new_row_state(dev, s.n_cached, s.n_head_kv, s.n_stream);
@@ -293,6 +294,10 @@ static int ops() {
             // bits may differ where fewer heads at a time mean another order of sums
             const double error = nmse(flash, in_host.run(op_case::STAGED));
             check(s, "staged", error <= (s.n_head_kv == 1 ? 0.0 : 1e-6), error);
+            shape whole = s;
+            whole.whole = true;
+            const double error_whole = nmse(flash, op_case(whole, true, seed).run(op_case::STAGED));
+            check(s, "staged as a whole", error_whole == 0.0, error_whole);
         }
         const double error = nmse(on_device.run(op_case::SPARSE), in_host.run(op_case::SPARSE));
         check(s, "sparse", error == 0.0, error);
