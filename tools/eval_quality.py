@@ -305,16 +305,16 @@ def ask_tasks(args, model, ctx, budgets, tasks, work, once):
 def run(args, chunks, work, pool):
     """All that is asked for; chunks: {model: how many}."""
     began, once, rows, asked = time.monotonic(), Once(), [], []
+    for model, (ctx, budgets, tasks) in itertools.product(chunks if args.tasks else [], TASKS):
+        if ctx <= hyperparameters(model)("context_length"):
+            of_tasks = work / pathlib.Path(model).stem / "tasks"
+            of_tasks.mkdir(parents=True, exist_ok=True)
+            asked.append(pool.submit(ask_tasks, args, model, ctx, budgets, tasks, of_tasks, once))
     for model, n_chunks in chunks.items():
         of_model = work / pathlib.Path(model).stem
         of_model.mkdir(parents=True, exist_ok=True)
         measured = model if args.weights is None else in_f32(args, model, of_model)
         rows += evaluate(args, measured, n_chunks, of_model, pool, once)
-    for model, (ctx, budgets, tasks) in itertools.product(chunks if args.tasks else [], TASKS):
-        if ctx <= hyperparameters(model)("context_length"):
-            of_tasks = work / pathlib.Path(model).stem / "tasks"
-            of_tasks.mkdir(exist_ok=True)
-            asked.append(pool.submit(ask_tasks, args, model, ctx, budgets, tasks, of_tasks, once))
     for job in concurrent.futures.as_completed(asked):
         job.result()
     print(table(rows))
@@ -338,7 +338,7 @@ def main():
         "--chunks", type=int, nargs="+", default=[-1], help="contexts evaluated, for each model (default: -1, all)"
     )
     parser.add_argument(
-        "--tasks", action="store_true", help="then ask the tasks of eval_tasks.py, of the models as they are"
+        "--tasks", action="store_true", help="also ask the tasks of eval_tasks.py, of the models as they are"
     )
     parser.add_argument("--jobs", type=int, default=1, help="programs that run side by side (default: 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each program (default: all)")
