@@ -121,16 +121,8 @@ static __device__ __forceinline__ void select_count(const attn_args & a, const u
     }
     __syncthreads();
 
-    auto key_of = [](uint32_t bits, float importance) {
-        return bits == 0xFF800000u ? KEY_HIDDEN : bits & 1 ? KEY_FORCED : __float_as_uint(importance) + 1;
-    };
-    auto count = [&](uint32_t k) {
-        if (k != KEY_HIDDEN) {
-            atomicAdd(&sh.hist[bin_of(k)], 1);
-        }
-    };
 #pragma unroll 1
-    for (int i = 4*threadIdx.x; i < a.n_run - n_rest(a); i += 4*FAC_THREAD) {
+    for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
         const uint4 first = *(const uint4 *) (score + i);
         float p[4] = {};
 #pragma unroll 1
@@ -145,22 +137,20 @@ static __device__ __forceinline__ void select_count(const attn_args & a, const u
                 p[3] += exp2f(s.w - shift);
             }
         }
+        auto key_of = [](uint32_t bits, float importance) {
+            return bits == 0xFF800000u ? KEY_HIDDEN : bits & 1 ? KEY_FORCED : __float_as_uint(importance) + 1;
+        };
         const uint4 key = make_uint4(key_of(first.x, p[0]), key_of(first.y, p[1]), key_of(first.z, p[2]), key_of(first.w, p[3]));
         *(uint4 *) (score + i) = key;
+        auto count = [&](uint32_t k) {
+            if (k != KEY_HIDDEN) {
+                atomicAdd(&sh.hist[bin_of(k)], 1);
+            }
+        };
         count(key.x);
         count(key.y);
         count(key.z);
         count(key.w);
-    }
-    for (int i = a.n_run - n_rest(a) + threadIdx.x; i < a.n_run; i += FAC_THREAD) {
-        float p = 0.0f;
-#pragma unroll 1
-        for (int h = 0; h < a.n_group; ++h) {
-            p += exp2f(score[h*a.n_run + i] - sh.shift[h]);
-        }
-        const uint32_t key = key_of(__float_as_uint(score[i]), p);
-        ((uint32_t *) score)[i] = key;
-        count(key);
     }
     __syncthreads();
     if (a.n_part > 1) {

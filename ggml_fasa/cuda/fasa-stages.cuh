@@ -45,7 +45,6 @@ constexpr int MAX_GROUP  = 16;  // heads of a unit
 constexpr int MAX_PART   = 16;  // blocks of a unit: a warp looks at what each offers
 constexpr int FAC_THREAD = 512; // threads of a block
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
-constexpr int MAX_REST   = 64;  // see n_rest
 
 // Where the blocks of a unit meet. turn and n_done are 0 before a launch and after it.
 struct unit_sync {
@@ -133,13 +132,6 @@ struct unit {
     }
 };
 
-// Of the n_run cells of a block those at the end that threads do not take four at a time: so few that it would be a whole turn for a
-// handful of threads.
-static __device__ __forceinline__ int n_rest(const attn_args & a) {
-    const int n = a.n_run%(4*FAC_THREAD);
-    return n <= MAX_REST ? n : 0;
-}
-
 // Cell i of the n_run of a block. May be beyond n_kv.
 static __device__ __forceinline__ int cell_of(const attn_args & a, const unit & u, int i) {
     return (i/GGML_FASA_TILE*a.n_part + u.rank)*GGML_FASA_TILE + i%GGML_FASA_TILE;
@@ -174,13 +166,6 @@ static __device__ __forceinline__ void unit_wait(const attn_args & a, const unit
         } while (!__all_sync(0xFFFFFFFFu, now >= turn)); // others may be ahead
     }
     __syncthreads();
-}
-
-// Of a cell: bit 0 hidden, as is a cell from n_kv on; bit 4 forced.
-static __device__ __forceinline__ uint32_t mask_bits(const attn_args & a, const char * mask, int t) {
-    const uint32_t m = t >= a.n_kv ? 0xFF800000u : a.mask_f16 ?
-        (uint32_t) ((const uint16_t *) mask)[t] << 16 : ((const uint32_t *) mask)[t];
-    return m == 0xFF800000u || (a.mask_f16 && m == 0xFC000000u) ? 0x01 : m == 0x80000000u ? 0x10 : 0;
 }
 
 // Four neighbouring cells of a mask row, from a cell that is a multiple of 4 on. attn_args::mask_four: they can be read at once.
@@ -220,7 +205,9 @@ private:
         uint32_t bits = 0;
 #pragma unroll 1
         for (int i = 0; i < 4; ++i) {
-            bits |= mask_bits(a, mask, t + i) << i;
+            const uint32_t m = t + i >= a.n_kv ? 0xFF800000u : a.mask_f16 ?
+                (uint32_t) ((const uint16_t *) mask)[t + i] << 16 : ((const uint32_t *) mask)[t + i];
+            bits |= (m == 0xFF800000u || (a.mask_f16 && m == 0xFC000000u) ? 0x01 : m == 0x80000000u ? 0x10 : 0) << i;
         }
         return bits;
     }

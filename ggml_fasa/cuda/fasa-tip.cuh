@@ -29,8 +29,8 @@ static __device__ __noinline__ float * unrotated(const float * row, float * to, 
 }
 
 // The group's queries: whole rows into q, [n_slot][d_k] of shared memory, a warp for each; for tip into tip,
-// n_slot*(n_dim_pad + 2) words of it. dim: of held_dims, for more dims than these it reads on. spare: n_slot rows for a while.
-// meanwhile: called when the rows are asked for.
+// n_slot*(n_dim_pad + 2) words of it. dim: of held_dims, for more dims than these it reads on. spare: n_slot rows for a while. meanwhile: called when the rows are
+// asked for.
 template <typename F>
 static __device__ __forceinline__ tip_q tip_load_q(
         const attn_args & a, const unit & u, const int (&dim)[2], float * q, float * tip, float * spare, F && meanwhile) {
@@ -246,32 +246,6 @@ static __device__ __forceinline__ void tip_cells_int(
     }
 }
 
-// Score of a cell for a head. tile: the cell's tile; c: its place there.
-static __device__ __forceinline__ float tip_cell(const attn_args & a, const tip_q & q, int h, const char * tile, int c) {
-    if (a.index_type == GGML_FASA_INDEX_F16) {
-        float s = 0.0f;
-#pragma unroll 8
-        for (int j = 0; j < a.n_dim; ++j) {
-            s += q.q[j*a.n_slot + h]*__half2float(((const half *) tile)[j*GGML_FASA_TILE + c]);
-        }
-        return s;
-    }
-    const float      d     = __half2float(((const half *) tile)[c]);
-    const uint32_t * words = (const uint32_t *) (tile + GGML_FASA_TILE*sizeof(half)) + c;
-    int sum = -q.offset[h];
-#pragma unroll 4
-    for (int w = 0; w < a.n_word; ++w) {
-        const uint32_t x = words[w*GGML_FASA_TILE];
-        if (a.index_type == GGML_FASA_INDEX_Q4) {
-            sum = dot4(x & 0x0F0F0F0Fu,        q.words[(2*w + 0)*a.n_slot + h], sum);
-            sum = dot4((x >> 4) & 0x0F0F0F0Fu, q.words[(2*w + 1)*a.n_slot + h], sum);
-        } else {
-            sum = dot4(x ^ 0x80808080u, q.words[w*a.n_slot + h], sum);
-        }
-    }
-    return __fmul_rn(__fmul_rn(q.factor[h], d), (float) sum);
-}
-
 // Asks for the index of the block's cells. May run before the kernels that this one depends on have ended. The lanes of a warp ask
 // one after the other, so neighbouring tiles are for other warps.
 static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane) {
@@ -291,8 +265,8 @@ static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const u
 }
 
 // Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, -inf of hidden cells; the block's softmax sums
-// into softmax and, for others, unit_sums. Of the first head the lowest bit says whether the cell is forced: a score is not known
-// that well. NH: heads scored at once. held: of the thread's first cells.
+// into softmax and, for others, unit_sums. Of the first head the lowest bit says whether the cell is forced: a score is not known that well. NH: heads
+// scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
         const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held & held,
@@ -309,30 +283,8 @@ static __device__ __forceinline__ void tip_scores(
             m[h] = SCORE_NONE;
             z[h] = 0.0f;
         }
-        const int rest = n_rest(a);
-        if (warp < NH && h0 + warp < a.n_group) { // a warp for a head
 #pragma unroll 1
-            for (int i = a.n_run - rest + lane; i < a.n_run; i += WARP_SIZE) {
-                const int t = cell_of(a, u, i);
-                const uint32_t bits = mask_bits(a, mask, t);
-                float s = -INFINITY;
-                if ((bits & 0x01) == 0) {
-                    s = tip_cell(a, q, h0 + warp, plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size, t%GGML_FASA_TILE);
-                    if (h0 + warp == 0) {
-                        s = __uint_as_float((__float_as_uint(s) & ~1u) | (bits >> 4));
-                    }
-                }
-                score[(h0 + warp)*a.n_run + i] = s;
-#pragma unroll
-                for (int h = 0; h < NH; ++h) {
-                    const float now = h == warp ? fmaxf(m[h], s) : m[h];
-                    z[h] = z[h]*exp2f(m[h] - now) + (h == warp ? exp2f(s - now) : 0.0f);
-                    m[h] = now;
-                }
-            }
-        }
-#pragma unroll 1
-        for (int i = 4*threadIdx.x; i < a.n_run - rest; i += 4*FAC_THREAD) {
+        for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
             const int t = cell_of(a, u, i);
             float s[NH][4] = {};
             if (t < a.n_kv) {
@@ -351,7 +303,7 @@ static __device__ __forceinline__ void tip_scores(
                     s[0][c] = __uint_as_float((__float_as_uint(s[0][c]) & ~1u) | (bits >> c >> 4 & 1));
                 }
             }
-            const int next = i + 4*FAC_THREAD < a.n_run - rest ? i + 4*FAC_THREAD : 4*threadIdx.x;
+            const int next = i + 4*FAC_THREAD < a.n_run ? i + 4*FAC_THREAD : 4*threadIdx.x;
             if (next > i || h0 + NH < a.n_group) {
                 held.load(a, plane, mask, cell_of(a, u, next));
             }
