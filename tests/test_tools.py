@@ -15,6 +15,7 @@ from support.runtime import ON, Model, fasa_params
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench_decode  # noqa: E402
+import eval_quality  # noqa: E402
 import eval_tasks  # noqa: E402
 import soak  # noqa: E402
 import upstream_tests  # noqa: E402
@@ -217,15 +218,43 @@ def test_eval_quality(bin_dir, smollm2, tmp_path):
         options = ["--variants", *variants, "--budget", 128, "--out", out]
         done = run("eval_quality.py", *programs, *subject, *more, *options)
         assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in out.read_text().splitlines()]
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        ran = [r["n_row"] for r in rows if r["kind"] == "quality_run"]
+        return [r for r in rows if r["kind"] == "quality"], ran
 
-    rows = measure("default", "kv-q8_0")
-    assert [(r["variant"], r["budget"]) for r in rows] == [("default", 128), ("kv-q8_0", None)]
-    rows = measure("default", "pyramid", "kv-q8_0")
-    assert [r["variant"] for r in rows] == ["default", "kv-q8_0", "pyramid"]
-    assert all(r["ppl_base"] == rows[0]["ppl_base"] and r["kl"] > 0 and "seconds" in r for r in rows)
+    rows, ran = measure("default", "kv-q8_0")
+    assert {(r["variant"], r["budget"]) for r in rows} == {("default", 128), ("kv-q8_0", None)} and ran == [2]
+    before = rows
+    rows, ran = measure("default", "pyramid", "kv-q8_0")
+    assert rows[:2] == before and [r["variant"] for r in rows[2:]] == ["pyramid"] and ran == [2, 1]
+    rows.sort(key=lambda r: r["variant"])
+    assert all(r["ppl_base"] == rows[0]["ppl_base"] and r["kl"] > 0 for r in rows)
     assert rows[0]["n_layer_sparse"] == "28" and "kv_mib" not in rows[1]
     assert len({r["kl"] for r in rows}) == len(rows)
+
+
+def test_eval_quality_whole_table(bin_dir, random_model, tmp_path, monkeypatch):
+    """Without settings: all of the table, each dense variant once, and the tasks of contexts that the model knows."""
+    calibrate = tmp_path / "fasa-calibrate"
+    calibrate.write_text(f'#!/bin/sh\nexec {sys.executable} -m fasa_calibrate "$@" --n-ctx 600 --n-query 2\n')
+    calibrate.chmod(0o755)
+    text, out, tasks_out = tmp_path / "text.txt", tmp_path / "rows.jsonl", tmp_path / "tasks.jsonl"
+    text.write_text("One, two, three. " * 600)
+    monkeypatch.setattr(eval_quality, "TABLE", [(512, 64, ["default", "kv-q8_0"]), (512, 128, ["default", "kv-q8_0"])])
+    monkeypatch.setattr(eval_quality, "TASKS", [(1024, [64], ["passkey", "words"]), (1 << 30, [64], ["passkey"])])
+    args = ["eval_quality.py", "--model", random_model, "--text", text, "--chunks", 1, "--tasks", "--trials", 2, "--jobs", 2]
+    args += ["--threads", 1, "--work", tmp_path / "work", "--out", out, "--tasks-out", tasks_out]
+    args += ["--llama-perplexity", bin_dir / "llama-perplexity", "--llama-server", bin_dir / "llama-server"]
+    monkeypatch.setattr(sys, "argv", [*map(str, args), "--fasa-calibrate", str(calibrate)])
+    eval_quality.main()
+    rows, tasks = ([json.loads(line) for line in path.read_text().splitlines()] for path in (out, tasks_out))
+    assert rows.pop()["kind"] == "quality_run"
+    measured = sorted((r["variant"], r["budget"] or 0) for r in rows)
+    assert measured == [("default", 64), ("default", 128), ("kv-q8_0", 0)]
+    assert {(r["task"], r["ctx"], r["budget"], r["n"]) for r in tasks} == {
+        (task, 1024, budget, 2) for task in ("passkey", "words") for budget in (0, 64)
+    }
+    assert not list((tmp_path / "work").glob("*/*.logits"))
 
 
 @pytest.mark.parametrize("task", eval_tasks.TASKS)

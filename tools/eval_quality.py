@@ -27,7 +27,7 @@ import threading
 import time
 
 import eval_tasks
-from machine import ROOT, emit, find_tool, row
+from machine import ROOT, emit, find_tool, gpu, row
 
 UBATCH = 512
 FOLDER, DOCS = ROOT / "docs" / "benchmarks", ROOT / "docs" / "quality.md"
@@ -168,6 +168,15 @@ def table(rows):
     return "\n".join(lines)
 
 
+def runs(rows):
+    """A sentence for each run of the command."""
+    return "\n".join(
+        f"{r['n_row']} rows and {r['n_task_set']} sets of tasks for {', '.join(r['models'])} took {r['seconds'] / 60:.0f} min on "
+        f"{r.get('gpu') or r['cpu']}, {r['jobs']} programs side by side, commit {r['commit'].split('-')[0]}."
+        for r in rows
+    )
+
+
 def with_tables(docs):
     """The text of docs/quality.md with the tables of all rows between its marks."""
     rows, tasks = ([json.loads(line) for line in path.read_text().splitlines()] for path in ROWS)
@@ -175,13 +184,15 @@ def with_tables(docs):
     plots = "\n".join(
         f"![KL divergence by budget]({FOLDER.name}/{p.name})\n" for p in sorted(FOLDER.glob("quality-*.png"))
     )
-    parts = table(rows), plots, "## Retrieval", eval_tasks.table(tasks), ""
+    took = runs([r for r in rows if r["kind"] == "quality_run"])
+    parts = took, table([r for r in rows if r["kind"] == "quality"]), plots, "## Retrieval", eval_tasks.table(tasks), ""
     return before + BEGIN + "\n\n".join(filter(None, parts)) + "\n" + END + rest.split(END)[1]
 
 
 def done(out):
     """[settings of a row, ...] of what a file holds already; see settings_of."""
-    return [settings_of(json.loads(line)) for line in out.read_text().splitlines()] if out and out.exists() else []
+    rows = map(json.loads, out.read_text().splitlines() if out.exists() else [])
+    return [settings_of(r) for r in rows if r["kind"] == "quality"]
 
 
 def settings_of(measured):
@@ -201,15 +212,6 @@ def plan(args):
     for ctx, budget, variants in table:
         rows |= {(ctx, v, None if VARIANTS[v][1] is None else budget): None for v in variants}
     return list(rows)
-
-
-def measure(command):
-    """Figures of a run of llama-perplexity, which now and then ends before it has written out its log."""
-    for _ in range(3):
-        output = check_run(command)
-        if re.search(FIGURES["top1"], output):
-            break
-    return parse_figures(output)
 
 
 def in_f32(args, model, work):
@@ -256,13 +258,18 @@ def perplexity_command(args, model, ctx, chunks):
     return [*command, *map(str, itertools.chain(*options.items()))]
 
 
+def device(args):
+    return {"gpu": gpu()} if args.n_gpu_layers > 0 else {}
+
+
 def evaluate(args, model, chunks, work, pool, once):
-    """The rows of a model that --out does not hold yet, each with the seconds since the one before."""
-    text, have, clock = pathlib.Path(args.text).name, done(args.out), time.monotonic()
+    """The rows of a model that --out does not hold yet."""
+    text, have = pathlib.Path(args.text).name, done(args.out)
+    of_model = of_paper(model)
 
     def one(ctx, variant, budget, measured):
         _, how, options = VARIANTS[variant]
-        values = {"budget": budget, "window": (budget or 0) - 5, **of_paper(model)}
+        values = {"budget": budget, "window": (budget or 0) - 5, **of_model}
         command = perplexity_command(args, model, ctx, chunks)
         how = None if how is None else sidecar(args, model, work, once, arguments(how, **values))
         logits = once.make(
@@ -272,18 +279,19 @@ def evaluate(args, model, chunks, work, pool, once):
         command += ["--kl-divergence-base", logits, "--kl-divergence", *arguments(options, **values)]
         if how is not None:
             command += ["--fasa-file", how]
-        return measured | measure(command)
+        return measured | parse_figures(check_run(command))
 
     jobs = []
     for ctx, variant, budget in plan(args):
         settings = dict(variant=variant, budget=budget, ctx=ctx, chunks=chunks, text=text)
-        measured = row("quality", model, **settings, weights=args.weights, calibrate_args=args.calibrate_args)
+        measured = row(
+            "quality", model, **settings, weights=args.weights, calibrate_args=args.calibrate_args, **device(args)
+        )
         if settings_of(measured) not in have:
             jobs.append(pool.submit(one, ctx, variant, budget, measured))
     rows = []
     for job in concurrent.futures.as_completed(jobs):
         measured = job.result()
-        measured["seconds"], clock = round(time.monotonic() - clock, 1), time.monotonic()
         emit(measured, args.out)
         print(f"{measured['model']}, context {measured['ctx']}, {measured['variant']}, budget {measured['budget']}: "
               f"KL {measured['kl']:.5f}", file=sys.stderr)  # fmt: skip
@@ -297,7 +305,7 @@ def ask_tasks(args, model, ctx, budgets, tasks, work, once):
     """Rows of eval_tasks.py for a model as it is."""
     command = [sys.executable, eval_tasks.__file__, "--model", model, "--tasks", *tasks, "--out", args.tasks_out]
     command += ["--fasa-file", sidecar(args, model, work, once), "--ctx", str(ctx), "--budget", *map(str, budgets)]
-    command += ["--n-gpu-layers", str(args.n_gpu_layers), "--threads", str(args.threads)]
+    command += ["--n-gpu-layers", str(args.n_gpu_layers), "--threads", str(args.threads), "--n", str(args.trials)]
     command += ["--llama-server", find_tool("llama-server", args.llama_server)]
     print(check_run(command).splitlines()[-1], file=sys.stderr)
 
@@ -318,7 +326,11 @@ def run(args, chunks, work, pool):
     for job in concurrent.futures.as_completed(asked):
         job.result()
     print(table(rows))
-    print(f"{len(rows)} rows and {len(asked)} sets of tasks in {time.monotonic() - began:.0f} s")
+    what = {"n_row": len(rows), "n_task_set": len(asked), "seconds": round(time.monotonic() - began)}
+    ran = row("quality_run", **what, models=[pathlib.Path(m).name for m in chunks], jobs=args.jobs, **device(args))
+    print(runs([ran]))
+    if rows:
+        emit(ran, args.out)
 
 
 def main():
@@ -340,6 +352,7 @@ def main():
     parser.add_argument(
         "--tasks", action="store_true", help="also ask the tasks of eval_tasks.py, of the models as they are"
     )
+    parser.add_argument("--trials", type=int, default=50, help="of each task (default: 50)")
     parser.add_argument("--jobs", type=int, default=1, help="programs that run side by side (default: 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each program (default: all)")
     parser.add_argument("--n-gpu-layers", type=int, default=0)

@@ -21,7 +21,7 @@ import random
 import re
 import tempfile
 
-from machine import emit, find_tool, row
+from machine import emit, find_tool, gpu, row
 from soak import Server
 
 N_DEPTH, N_HOP = 10, 3
@@ -178,7 +178,8 @@ def main():
                     for budget, found in evaluate(server, task, ctx, budgets, args.n, args.seed).items():
                         by_depth = {depth: sum(hits) for depth, hits in sorted(found.items())}
                         measured = dict(budget=budget, hits=sum(by_depth.values()), by_depth=by_depth)
-                        rows.append(row("task", args.model, **settings, **measured))
+                        device = {"gpu": gpu()} if args.n_gpu_layers > 0 else {}
+                        rows.append(row("task", args.model, **settings, **measured, **device))
                         emit(rows[-1], args.out)
             finally:
                 server.stop()

@@ -71,6 +71,7 @@ CHAPTERS = {
     "gpu_tokens": ("Tokens on the GPU", tokens_table),
     "mapped": ("FASA-M", bench_mapped.table),
     "mapped_check": ("FASA-M: checks", bench_mapped.checks_table),
+    "quality_run": ("Quality: runs", eval_quality.runs),
     "quality": ("Quality", eval_quality.table),
     "task": ("Retrieval", eval_tasks.table),
     "soak": ("llama-server under load", soak.table),

@@ -1,6 +1,7 @@
 #include "fasa-args.h"
 
 #include "llama-fasa.h"
+#include "log.h"
 
 #include <algorithm>
 #include <charconv>
@@ -88,7 +89,16 @@ static std::string with_default(const std::string & help, int32_t value) {
     return with_default(help, std::to_string(value));
 }
 
+// The thread that writes the log does not outlive exit, so the counts that a context logs when it is freed could be lost.
+static void flush_log_at_exit() {
+#ifndef _WIN32 // where threads are gone when a DLL's handlers run
+    static const int registered = std::atexit([] { common_log_flush(common_log_main()); });
+    GGML_UNUSED(registered);
+#endif
+}
+
 std::vector<common_arg> fasa_args() {
+    flush_log_at_exit();
     std::vector<common_arg> args;
     args.push_back(common_arg(
         {"--fasa"}, "[on|off|auto]",
