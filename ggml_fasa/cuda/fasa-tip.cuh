@@ -29,8 +29,8 @@ static __device__ __noinline__ float * unrotated(const float * row, float * to, 
 }
 
 // The group's queries: whole rows into q, [n_slot][d_k] of shared memory, a warp for each; for tip into tip,
-// n_slot*(n_dim_pad + 2) words of it. dim: of held_dims, for more dims than these it reads on. spare: n_slot rows for a while. meanwhile: called when the rows are
-// asked for.
+// n_slot*(n_dim_pad + 2) words of it. dim: of held_dims, for more dims than these it reads on. spare: n_slot rows for a while.
+// meanwhile: called when the rows are asked for.
 template <typename F>
 static __device__ __forceinline__ tip_q tip_load_q(
         const attn_args & a, const unit & u, const int (&dim)[2], float * q, float * tip, float * spare, F && meanwhile) {
@@ -265,8 +265,8 @@ static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const u
 }
 
 // Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, -inf of hidden cells; the block's softmax sums
-// into softmax and, for others, unit_sums. Of the first head the lowest bit says whether the cell is forced: a score is not known that well. NH: heads
-// scored at once. held: of the thread's first cells.
+// into softmax and, for others, unit_sums. Of the first head the lowest bit says whether the cell is forced: a score is not known
+// that well. NH: heads scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
         const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held & held,
