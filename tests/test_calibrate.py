@@ -348,7 +348,7 @@ def test_dense_layers_and_defaults(tmp_path):
 def test_defaults_of_large_heads(tmp_path):
     model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=2, head_size=256, n_head=2))
     assert run(model) == 0
-    assert stored(model)["n_tip"] == [32] * 2 and stored(model)["index_type"] == "q8"
+    assert stored(model)["n_tip"] == [48] * 2 and stored(model)["index_type"] == "q8"
     assert run(model, "--index-type", "f16") == 0
     assert stored(model)["n_tip"] == [64] * 2 and stored(model)["index_type"] == "f16"
     assert run(model, "--n-tip", "20") == 0

@@ -3,6 +3,7 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Optional
 
 import numpy as np
@@ -11,9 +12,9 @@ from .criteria import CHOOSE, Group, Quality, Rules, quality
 from .errors import CalibrateError
 
 DENSE_SHARE = 15
-TIP_SHARE = 4
+TIP_SHARE = Fraction(1, 4)  # of the head size
 LARGE_HEAD = 256
-LARGE_TIP_SHARE, LARGE_INDEX_TYPE = 8, "q8"
+LARGE_TIP_SHARE, LARGE_INDEX_TYPE = Fraction(3, 16), "q8"
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Calibration:
 def index_of(options, head_size):
     """FCs of a head, and the recommended type of their index, None for what the runtime takes.
 
-    Left to us, the index is just below 1/14 of f16 K and V at any head size; few FCs in 8 bits serve a large head at least
-    as well as many in 4 (docs/quality.md).
+    Left to us, the index is 1/15 of f16 K and V; of large heads, whose keys 4 bits serve badly, it is 1/10
+    (docs/quality.md).
     """
     if options.n_tip is None and options.index_type is None and head_size >= LARGE_HEAD:
-        return head_size // LARGE_TIP_SHARE, LARGE_INDEX_TYPE
-    return options.n_tip or head_size // TIP_SHARE, options.index_type
+        return int(head_size * LARGE_TIP_SHARE), LARGE_INDEX_TYPE
+    return options.n_tip or int(head_size * TIP_SHARE), options.index_type
 
 
 def query_positions(n_tokens, n_query, budget, seed):

@@ -62,7 +62,7 @@ def build_parser():
         help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
         " paper's contextual agreement; random, a control (default: %(default)s)")
     add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip,
-        help=f"FCs per head (default: the head size divided by {TIP_SHARE}, by {LARGE_TIP_SHARE} from {LARGE_HEAD} on)")
+        help=f"FCs per head (default: {TIP_SHARE} of the head size, {LARGE_TIP_SHARE} from {LARGE_HEAD} on)")
     add("--n-ctx", type=integer(1), metavar="N", default=options.n_ctx,
         help="most tokens of the text to use (default: %(default)s)")
     add("--n-query", type=integer(1), metavar="N", default=options.n_query,
