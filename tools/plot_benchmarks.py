@@ -138,10 +138,13 @@ def draw(path, title, xlabel, ylabel, panels, log=False):
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(ylabel)
-    axes[0][-1].legend(fontsize="small")
+    if len(panels[-1][1]) > 6:  # too many to lie on the lines
+        axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+    else:
+        axes[0][-1].legend(fontsize="small")
     figure.suptitle("\n".join(textwrap.wrap(title, 70 * len(panels))), fontsize="medium")
     figure.tight_layout()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 
