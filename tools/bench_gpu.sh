@@ -175,8 +175,9 @@ for line in sys.stdin:
 }
 
 run_decode() {
-    # large batches: three quarters of the time goes into reading the contexts
-    measure --depth 0 32768 65536 131072 --prompt --n-gen 64 --rounds 1 --bench-args "-b 2048 -ub 2048"
+    # large batches: most of the time goes into reading the contexts. Many tokens: the first ones come slowly, after seconds in which
+    # the host has restored a context and the GPU had nothing to do
+    measure --depth 0 32768 65536 131072 --prompt --n-gen 256 --rounds 1 --bench-args "-b 2048 -ub 2048"
 }
 
 run_prefill() {
