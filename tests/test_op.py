@@ -361,3 +361,31 @@ def test_backend_ops_of_upstream():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)
     assert passed and int(passed[1]) == int(passed[2]) > 100
+
+
+@pytest.mark.parametrize(
+    "n_kv, staging_mib, expected",
+    [
+        (8192, 32, 8),  # K and V take 32 MiB: all heads
+        (8192, 31, 2),  # staging does not hold them: a quarter of the heads, twice
+        (8192, 15, 1),
+        (8224, 512, 2),  # beyond 32 MiB a quarter, however large staging is
+        (65536, 128, 2),
+        (65536, 127, 1),
+    ],
+)
+def test_heads_staged_at_a_time(n_kv, staging_mib, expected):
+    ffi, lib = ggml()
+    ctx = lib.ggml_init({"mem_size": 1 << 20, "mem_buffer": ffi.NULL, "no_alloc": True})
+    try:
+        f32, f16, i8 = 0, 1, 24
+        q = lib.ggml_new_tensor_4d(ctx, f32, 128, 4, 32, 1)
+        k, v = (
+            lib.ggml_permute(ctx, lib.ggml_new_tensor_4d(ctx, f16, 128, 8, n_kv, 1), 0, 2, 1, 3) for _ in range(2)
+        )
+        mask = lib.ggml_new_tensor_4d(ctx, f16, n_kv, 4, 1, 1)
+        staging = lib.ggml_new_tensor_4d(ctx, i8, staging_mib << 20, 1, 1, 1)
+        op = lib.ggml_fasa_staged(ctx, q, k, v, mask, ffi.NULL, staging, 1.0, 0.0)
+        assert lib.ggml_fasa_staged_heads(op) == expected
+    finally:
+        lib.ggml_free(ctx)
