@@ -6,9 +6,10 @@ Tasks of our own making, after those of RULER: passkey (a number in repeated fil
 among varied sentences), multikey (the same with ten keys, one of which is asked for), variable (a value handed on
 from variable to variable), words (the most common word of a list). Trials take turns over ten depths. llama-server
 reads each prompt densely, then answers it once densely and once for each budget with the same K and V, by greedy
-decoding. A hit is an answer that begins with what was asked for. Prints a JSON line for each task, context and budget
-(0: dense); done rows of --out are not run again. Needs nothing but Python and llama-server; the model's calibration
-is where llama.cpp finds it, or --fasa-file.
+decoding, each time from the prompt's last token on: read again alone, it can come to other near ties than in a batch.
+A hit is an answer that begins with what was asked for. Prints a JSON line for each task, context and budget (0: dense);
+done rows of --out are not run again. Needs nothing but Python and llama-server; the model's calibration is where
+llama.cpp finds it, or --fasa-file.
 """
 
 import argparse
@@ -119,10 +120,13 @@ def evaluate(server, task, ctx, budgets, n, seed):
         trials.append((*prompt(task, rng, depth, ctx - RESERVE, count), depth))
     hits = {budget: collections.defaultdict(list) for budget in budgets}
     for text, wanted, depth in sorted(trials):  # neighbours begin alike, and what they share is read once
+        server.complete(text, 0, fasa_budget=0)
         for budget in budgets:
             answer = server.complete(text, N_ANSWER, fasa_budget=budget, ignore_eos=False)
             if answer["tokens_evaluated"] + N_ANSWER > ctx:
                 raise SystemExit(f"error: a prompt has {answer['tokens_evaluated']} tokens, too many for {ctx}")
+            if answer["timings"]["prompt_n"] != 1:
+                raise SystemExit("error: llama-server did not keep a prompt that it had read")
             hits[budget][depth].append(re.findall(r"\w+", answer["content"])[:1] == [wanted])
     return hits
 
