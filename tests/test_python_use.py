@@ -108,7 +108,7 @@ def test_state_rewinds(calibrated: Path) -> None:
     assert proceed(llm) == expected
 
 
-@pytest.mark.parametrize("source, target", itertools.permutations(["dense", "sparse"]))
+@pytest.mark.parametrize("source, target", list(itertools.permutations(["dense", "sparse"])))
 def test_state_between_fasa_and_dense(calibrated: Path, source: str, target: str) -> None:
     """K and V of a dense prompt are the same with and without FASA; what follows is the target's."""
     donor, own = read_prompt(load(calibrated, **SETTINGS[source])), read_prompt(load(calibrated, **SETTINGS[target]))
