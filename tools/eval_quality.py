@@ -27,7 +27,7 @@ import threading
 import time
 
 import eval_tasks
-from machine import ROOT, emit, find_tool, gpu, row
+from machine import ROOT, emit, find_tool, gpu_field, row
 
 UBATCH = 512
 FOLDER, DOCS = ROOT / "docs" / "benchmarks", ROOT / "docs" / "quality.md"
@@ -214,17 +214,6 @@ def plan(args):
     return list(rows)
 
 
-def in_f32(args, model, work):
-    """A copy of the model with weights in f32, and cuBLAS told not to round them."""
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-    copy = work / pathlib.Path(model).name
-    if not copy.exists():
-        quantize = find_tool("llama-quantize", args.llama_quantize)
-        check_run([quantize, "--allow-requantize", model, copy.with_suffix(".part"), "F32"])
-        copy.with_suffix(".part").rename(copy)
-    return copy
-
-
 class Once:
     """Makes files, each once, whichever thread asks first."""
 
@@ -243,6 +232,14 @@ class Once:
         return path
 
 
+def in_f32(args, model, work, once):
+    """A copy of the model with weights in f32."""
+    quantize = find_tool("llama-quantize", args.llama_quantize)
+    return once.make(
+        work / pathlib.Path(model).name, lambda part: [quantize, "--allow-requantize", model, part, "F32"]
+    )
+
+
 def sidecar(args, model, work, once, how=()):
     """The calibration of a model, made with these arguments of fasa-calibrate."""
     how = [*how, *args.calibrate_args.split()]
@@ -256,10 +253,6 @@ def perplexity_command(args, model, ctx, chunks):
     options = {"-c": ctx, "--chunks": chunks, "-b": min(ctx, 2048), "-ub": UBATCH, "-t": args.threads}
     options["-ngl"] = args.n_gpu_layers
     return [*command, *map(str, itertools.chain(*options.items()))]
-
-
-def device(args):
-    return {"gpu": gpu()} if args.n_gpu_layers > 0 else {}
 
 
 def evaluate(args, model, chunks, work, pool, once):
@@ -285,7 +278,7 @@ def evaluate(args, model, chunks, work, pool, once):
     for ctx, variant, budget in plan(args):
         settings = dict(variant=variant, budget=budget, ctx=ctx, chunks=chunks, text=text)
         measured = row(
-            "quality", model, **settings, weights=args.weights, calibrate_args=args.calibrate_args, **device(args)
+            "quality", model, **settings, weights=args.weights, calibrate_args=args.calibrate_args, **gpu_field(args.n_gpu_layers)
         )
         if settings_of(measured) not in have:
             jobs.append(pool.submit(one, ctx, variant, budget, measured))
@@ -313,6 +306,8 @@ def ask_tasks(args, model, ctx, budgets, tasks, work, once):
 def run(args, chunks, work, pool):
     """All that is asked for; chunks: {model: how many}."""
     began, once, rows, asked = time.monotonic(), Once(), [], []
+    if args.weights == "f32":
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # or cuBLAS would round them
     for model, (ctx, budgets, tasks) in itertools.product(chunks if args.tasks else [], TASKS):
         if ctx <= hyperparameters(model)("context_length"):
             of_tasks = work / pathlib.Path(model).stem / "tasks"
@@ -321,13 +316,13 @@ def run(args, chunks, work, pool):
     for model, n_chunks in chunks.items():
         of_model = work / pathlib.Path(model).stem
         of_model.mkdir(parents=True, exist_ok=True)
-        measured = model if args.weights is None else in_f32(args, model, of_model)
+        measured = model if args.weights is None else in_f32(args, model, of_model, once)
         rows += evaluate(args, measured, n_chunks, of_model, pool, once)
     for job in concurrent.futures.as_completed(asked):
         job.result()
     print(table(rows))
     what = {"n_row": len(rows), "n_task_set": len(asked), "seconds": round(time.monotonic() - began)}
-    ran = row("quality_run", **what, models=[pathlib.Path(m).name for m in chunks], jobs=args.jobs, **device(args))
+    ran = row("quality_run", **what, models=[pathlib.Path(m).name for m in chunks], jobs=args.jobs, **gpu_field(args.n_gpu_layers))
     print(runs([ran]))
     if rows:
         emit(ran, args.out)

@@ -22,7 +22,7 @@ import random
 import re
 import tempfile
 
-from machine import emit, find_tool, gpu, row
+from machine import emit, find_tool, gpu_field, row
 from soak import Server
 
 N_DEPTH, N_HOP = 10, 3
@@ -182,8 +182,8 @@ def main():
                     for budget, found in evaluate(server, task, ctx, budgets, args.n, args.seed).items():
                         by_depth = {depth: sum(hits) for depth, hits in sorted(found.items())}
                         measured = dict(budget=budget, hits=sum(by_depth.values()), by_depth=by_depth)
-                        device = {"gpu": gpu()} if args.n_gpu_layers > 0 else {}
-                        rows.append(row("task", args.model, **settings, **measured, **device))
+                        measured.update(gpu_field(args.n_gpu_layers))
+                        rows.append(row("task", args.model, **settings, **measured))
                         emit(rows[-1], args.out)
             finally:
                 server.stop()

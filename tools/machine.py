@@ -43,6 +43,11 @@ def gpu():
     return ", ".join(result.stdout.splitlines()) if result.returncode == 0 else ""
 
 
+def gpu_field(n_gpu_layers):
+    """The field of a row for a run with so many layers on GPUs, none without."""
+    return {"gpu": gpu()} if n_gpu_layers > 0 else {}
+
+
 def pin():
     """The llama-cpp-python version of LLAMA_CPP_PIN."""
     for line in (ROOT / "LLAMA_CPP_PIN").read_text().splitlines():

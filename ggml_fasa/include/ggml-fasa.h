@@ -194,8 +194,9 @@ GGML_API struct ggml_tensor * ggml_fasa_dense(
         float                 scale,
         float                 softcap);
 
-// The backend's own flash attention over a cache that the device reaches slowly: K and V are copied to staging, where that does not
-// hold all heads some at a time, while the heads before them are worked on. Only on CUDA. Arguments and result as of ggml_fasa_dense; mask is F16.
+// The backend's own flash attention over a cache that the device reaches slowly: K and V are copied to staging, all heads at once
+// or some while those before them are worked on, see ggml_fasa_staged_heads. Only on CUDA. Arguments and result as of
+// ggml_fasa_dense; mask is F16.
 //   k, v    : the heads of a cell are neighbours
 //   staging : I8, one-dimensional, in memory of the device, for ggml_fasa_staging_size bytes of at least one head
 GGML_API struct ggml_tensor * ggml_fasa_staged(
