@@ -62,13 +62,13 @@ def run_select(scores, budget, use_ref):
     ffi, lib = ggml()
     n_out = min(budget, len(scores))
     cells = np.full(n_out + TILE, -7, np.int32)
-    scratch = np.full(len(scores) + TILE, 7, np.uint32)
+    scratch = np.full(2 * len(scores) + TILE, 7, np.uint32)
     n = lib.ggml_fasa_cpu_select(
         pointer(scores, "float *"), len(scores), budget, pointer(scratch, "uint32_t *"), pointer(cells, "int32_t *"), use_ref
     )
     assert 0 <= n <= n_out
     assert (cells[n_out:] == -7).all(), "select wrote past its output"
-    assert (scratch[len(scores) :] == 7).all(), "select wrote past its scratch"
+    assert (scratch[2 * len(scores) :] == 7).all(), "select wrote past its scratch"
     return cells[:n]
 
 

@@ -139,8 +139,6 @@ struct team {
     // this thread's part of n items
     int64_t first(int64_t n) const { return n* ith     /nth; }
     int64_t last (int64_t n) const { return n*(ith + 1)/nth; }
-
-    bool has(int64_t i, int64_t n) const { return i >= first(n) && i < last(n); }
 };
 
 // Hands out parts of a buffer, in floats from its start, each on cache lines of its own.
@@ -157,8 +155,8 @@ struct layout {
 // Scratch of a team for the groups of one row.
 struct row_scratch {
     layout all;
-    size_t weight, peak, sum, scores, cells, n_cells, part;
-    size_t own, q_tip, query, factor, fac, total; // of each thread, from own + ith*total
+    size_t weight, peak, sum, scores, part;
+    size_t own, q_tip, query, factor, keys, cells, fac, total; // of each thread, from own + ith*total
 
     row_scratch(const attn_op & op, int64_t n_groups, int nth) {
         const int64_t R       = op.n_group;
@@ -168,14 +166,14 @@ struct row_scratch {
         peak    = all.take(n_groups*R*n_chunk);
         sum     = all.take(n_groups*R*n_chunk);
         scores  = all.take(n_groups*op.stride);
-        cells   = all.take(n_groups*op.n_sel);
-        n_cells = all.take(n_groups);
         part    = all.take(n_groups*R*fasa::n_fac_chunk(op.n_sel)*(op.d_v + 2));
 
         layout mine;
         q_tip   = mine.take(R*op.n_dim + op.d_k);
         query   = mine.take(R*fasa::tip_query_size(op.n_dim));
         factor  = mine.take(R*n_chunk);
+        keys    = mine.take(2*op.n_kv);
+        cells   = mine.take(op.n_sel);
         fac     = mine.take(fasa::fac_thread_scratch(R, std::max(op.d_k, op.d_v)));
         total   = mine.size;
         own     = all.take(nth*total);
@@ -191,18 +189,18 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
     const int64_t fac_chunk = fasa::n_fac_chunk(op.n_sel);
     const size_t  part_size = R*(op.d_v + 2);
 
-    float   * weight  = scratch + at.weight;
-    float   * peak    = scratch + at.peak;
-    float   * sum     = scratch + at.sum;
-    float   * scores  = scratch + at.scores;
-    int32_t * cells   = (int32_t *) (scratch + at.cells);
-    int32_t * n_cells = (int32_t *) (scratch + at.n_cells);
-    float   * part    = scratch + at.part;
+    float * weight = scratch + at.weight;
+    float * peak   = scratch + at.peak;
+    float * sum    = scratch + at.sum;
+    float * scores = scratch + at.scores;
+    float * part   = scratch + at.part;
 
-    float * own    = scratch + at.own + team.ith*at.total;
-    float * q_tip  = own + at.q_tip;
-    float * query  = own + at.query;
-    float * factor = own + at.factor;
+    float    * own    = scratch + at.own + team.ith*at.total;
+    float    * q_tip  = own + at.q_tip;
+    float    * query  = own + at.query;
+    float    * factor = own + at.factor;
+    uint32_t * keys   = (uint32_t *) (own + at.keys);
+    int32_t  * cells  = (int32_t *) (own + at.cells);
 
     const fasa::mask_row mask = op.mask_at(t, s);
 
@@ -232,29 +230,22 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
     });
     team.wait();
 
-    for (int64_t g = 0; g < n_groups; ++g) {
-        if (!team.has(g*tip_chunk + tip_chunk/2, n_groups*tip_chunk)) {
-            continue; // for the thread that has most of the group's scores in its cache
-        }
-        uint32_t * keys = (uint32_t *) (weight + g*R*op.stride); // the weights are done with
-        n_cells[g] = (int32_t) ggml_fasa_cpu_select(scores + g*op.stride, op.n_kv, op.n_sel, keys, cells + g*op.n_sel, false);
-    }
-    team.wait();
-
+    // each thread selects for every group that it attends to: what two share, neither has to wait for
+    int64_t n_cells  = 0;
+    int64_t selected = -1;
     for (int64_t i = team.first(n_groups*fac_chunk); i < team.last(n_groups*fac_chunk); ++i) {
-        const int64_t g     = i/fac_chunk;
-        const int64_t chunk = i%fac_chunk;
-        if (chunk < fasa::n_fac_chunk(n_cells[g])) {
-            fasa::fac_chunk(op.fac_input(g0 + g, t, s), cells + g*op.n_sel, n_cells[g], chunk, own + at.fac,
-                    part + i*part_size);
+        const int64_t g = i/fac_chunk;
+        if (g != selected) {
+            n_cells  = ggml_fasa_cpu_select(scores + g*op.stride, op.n_kv, op.n_sel, keys, cells, false);
+            selected = g;
         }
+        fasa::fac_chunk(op.fac_input(g0 + g, t, s), cells, n_cells, i%fac_chunk, own + at.fac, part + i*part_size);
     }
     team.wait();
 
     for (int64_t h = team.first(n_groups*R); h < team.last(n_groups*R); ++h) {
         const int64_t g = h/R;
-        fasa::fac_merge(part + g*fac_chunk*part_size, R, op.d_v, fasa::n_fac_chunk(n_cells[g]), h%R, op.sink_of(g0*R + h),
-                op.out(g0*R + h, t, s));
+        fasa::fac_merge(part + g*fac_chunk*part_size, R, op.d_v, fac_chunk, h%R, op.sink_of(g0*R + h), op.out(g0*R + h, t, s));
     }
 }
 

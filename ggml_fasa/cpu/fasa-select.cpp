@@ -22,22 +22,19 @@ static float score_of(uint32_t key) {
     return f;
 }
 
-// Calls fn(cell, score) for the cells with score >= bound, in order; whole vectors below the bound cost one comparison.
-template <typename F>
-static void for_each_ge(const float * scores, int64_t n, float bound, F && fn) {
-    const vec b = splat(bound);
+// The cells with score >= bound, in order: [n_kv]. Returns how many.
+static int64_t cells_ge(const float * scores, int64_t n_kv, float bound, int32_t * cells) {
+    int64_t n = 0;
     int64_t t = 0;
-    for (; t + W <= n; t += W) {
-        for (uint32_t bits = ge_bits(load(scores + t), b); bits; bits &= bits - 1) {
-            const int64_t i = t + lowest_bit(bits);
-            fn(i, scores[i]);
-        }
+    for (; t + W <= n_kv; t += W) {
+        n += append(ge_bits(load(scores + t), splat(bound)), (int32_t) t, cells + n);
     }
-    for (; t < n; ++t) {
+    for (; t < n_kv; ++t) {
         if (scores[t] >= bound) {
-            fn(t, scores[t]);
+            cells[n++] = (int32_t) t;
         }
     }
+    return n;
 }
 
 // A lower bound of the budget-th largest score, which keeps nearly all cells out of what follows. Cells are put into
@@ -140,24 +137,37 @@ int64_t ggml_fasa_cpu_select(
         const float * scores, int64_t n_kv, int64_t budget, uint32_t * scratch, int32_t * cells, bool use_ref) {
     float   threshold = 0.0f; // every visible score is >= 0
     int64_t n_equal   = n_kv;
-    int64_t n         = 0;
+    int64_t n_kept    = 0;
 
     if (use_ref) {
         fasa::select_threshold_ref(scores, n_kv, budget, &threshold, &n_equal);
-    } else {
-        fasa::for_each_ge(scores, n_kv, fasa::select_bound(scores, n_kv, budget), [&](int64_t, float score) {
-            scratch[n++] = fasa::key_of(score);
-        });
-        if (n > budget) {
-            fasa::select_threshold(scratch, n, budget, &threshold, &n_equal);
+        for (int64_t t = 0; t < n_kv; ++t) {
+            if (scores[t] > threshold || (scores[t] == threshold && n_equal-- > 0)) {
+                cells[n_kept++] = (int32_t) t;
+            }
         }
+        return n_kept;
     }
 
-    n = 0;
-    fasa::for_each_ge(scores, n_kv, threshold, [&](int64_t t, float score) {
-        if (score > threshold || n_equal-- > 0) {
-            cells[n++] = (int32_t) t;
-        }
-    });
-    return n;
+    int32_t * candidates = (int32_t *) scratch;
+    uint32_t * keys      = scratch + n_kv;
+
+    const int64_t n = fasa::cells_ge(scores, n_kv, fasa::select_bound(scores, n_kv, budget), candidates);
+    if (n <= budget) {
+        std::copy(candidates, candidates + n, cells);
+        return n;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        keys[i] = fasa::key_of(scores[candidates[i]]);
+    }
+    fasa::select_threshold(keys, n, budget, &threshold, &n_equal);
+    for (int64_t i = 0; i < n; ++i) { // no branches, which nobody could predict
+        const float score = scores[candidates[i]];
+        const bool  equal = score == threshold;
+        candidates[n_kept] = candidates[i];
+        n_kept  += score > threshold || (equal && n_equal > 0);
+        n_equal -= equal;
+    }
+    std::copy(candidates, candidates + n_kept, cells);
+    return n_kept;
 }

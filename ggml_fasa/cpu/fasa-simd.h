@@ -243,6 +243,21 @@ inline int lowest_bit(uint32_t bits) {
 #endif
 }
 
+// Writes first + i for every bit i that is set, of W, in order, and returns how many. May write W values.
+inline int append(uint32_t bits, int32_t first, int32_t * out) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    const ivec lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16) bits, _mm512_add_epi32(lane, isplat(first))));
+    return _mm_popcnt_u32(bits);
+#else
+    int n = 0;
+    for (; bits; bits &= bits - 1) {
+        out[n++] = first + lowest_bit(bits);
+    }
+    return n;
+#endif
+}
+
 // The power of two nearest e^x, as an exponent.
 inline vec exp2_round(vec x) {
     return round(mul(x, splat(1.44269504f)));

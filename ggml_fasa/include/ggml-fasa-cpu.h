@@ -40,7 +40,7 @@ GGML_BACKEND_API void ggml_fasa_cpu_tip(
 
 // Stage select: the budget best cells, by score descending then cell ascending; never one with score -inf.
 //   scores  : [n_kv] each >= 0 or infinite
-//   scratch : [n_kv]
+//   scratch : [2 * n_kv]
 //   cells   : [min(budget, n_kv)] out, ascending
 // Returns how many were selected.
 GGML_BACKEND_API int64_t ggml_fasa_cpu_select(
