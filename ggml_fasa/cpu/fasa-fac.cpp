@@ -260,10 +260,10 @@ void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chun
     int32_t cells[DENSE_CHUNK];
     int64_t n = 0;
     for (int64_t t = chunk*DENSE_CHUNK; t < t1; t += TILE) {
-        const bool plain = mask.kind(t, std::min(TILE, t1 - t)) == mask_row::ALL_PLAIN;
-        for (int64_t i = t; i < std::min(t1, t + TILE); ++i) {
-            cells[n] = (int32_t) i;
-            n += plain || !mask.hidden(i);
+        const uint32_t hidden = mask.tile(t, std::min(TILE, t1 - t)).hidden;
+        for (int64_t i = 0; i < TILE; ++i) {
+            cells[n] = (int32_t) (t + i);
+            n += ~hidden >> i & 1;
         }
     }
     fac_cells(in, cells, n, scratch, part);

@@ -18,9 +18,9 @@ struct mask_row {
     // whether cells [t0, t0 + n) are all neither hidden nor forced; false where n is no number of whole tiles
     bool plain(int64_t t0, int64_t n) const;
 
-    // what a whole tile is: lets the kernels skip per-cell tests
-    enum tile_kind { ALL_PLAIN, ALL_HIDDEN, MIXED };
-    tile_kind kind(int64_t t0, int64_t n) const;
+    // which of the n cells of the tile that begins at t0 are, bit by bit; cells beyond n count as hidden
+    struct tile_bits { uint32_t hidden, forced; };
+    tile_bits tile(int64_t t0, int64_t n) const;
 };
 
 // Rows of K or V of one head.

@@ -41,18 +41,24 @@ bool mask_row::plain(int64_t t0, int64_t n) const {
     return any == 0;
 }
 
-mask_row::tile_kind mask_row::kind(int64_t t0, int64_t n) const {
-    // nearly every tile is plain: see to that first
-    if (plain(t0, n)) {
-        return ALL_PLAIN;
+template <typename T>
+static mask_row::tile_bits bits_of(const char * row, int64_t n, T hidden, T forced) {
+    mask_row::tile_bits bits = { n < TILE ? UINT32_MAX << n : 0, 0 };
+    for (int64_t i = 0; i < n; ++i) {
+        T value;
+        memcpy(&value, row + i*sizeof(value), sizeof(value));
+        bits.hidden |= (uint32_t) (value == hidden) << i;
+        bits.forced |= (uint32_t) (value == forced) << i;
     }
-    bool none = true;
-    bool hide = true;
-    for (int64_t t = t0; t < t0 + n; ++t) {
-        none &= !hidden(t) && !forced(t);
-        hide &=  hidden(t);
+    return bits;
+}
+
+mask_row::tile_bits mask_row::tile(int64_t t0, int64_t n) const {
+    if (plain(t0, n)) { // as nearly every tile is
+        return { 0, 0 };
     }
-    return none ? ALL_PLAIN : hide ? ALL_HIDDEN : MIXED;
+    return f16 ? bits_of((const char *) data + t0*sizeof(F16_NINF), n, F16_NINF, F16_NEG0)
+               : bits_of((const char *) data + t0*sizeof(F32_NINF), n, F32_NINF, F32_NEG0);
 }
 
 // Heads that one pass over a tile serves: their accumulators stay in registers.
@@ -207,18 +213,14 @@ void tip_chunk(
     for (int64_t t = t0; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
-        const mask_row::tile_kind kind = plain ? mask_row::ALL_PLAIN : mask.kind(t, n);
-        if (kind != mask_row::ALL_HIDDEN) {
+        const uint32_t hidden = plain ? 0 : mask.tile(t, n).hidden;
+        if (hidden != UINT32_MAX) {
             tip_tile_heads(query, n_group, index.n_dim, index.type, index.tile(t/TILE), weight + t, stride);
         }
-        if (kind != mask_row::ALL_PLAIN || n < TILE) {
-            // hidden cells are overwritten, never added to: a stale index row may hold NaN
-            for (int64_t i = 0; i < TILE; ++i) {
-                if (i >= n || mask.hidden(t + i)) {
-                    for (int64_t h = 0; h < n_group; ++h) {
-                        weight[h*stride + t + i] = -INFINITY;
-                    }
-                }
+        // hidden cells are overwritten, never added to: a stale index row may hold NaN
+        for (uint32_t bits = hidden; bits; bits &= bits - 1) {
+            for (int64_t h = 0; h < n_group; ++h) {
+                weight[h*stride + t + lowest_bit(bits)] = -INFINITY;
             }
         }
     }
@@ -287,14 +289,10 @@ void tip_combine(
             }
             store(scores + i, s);
         }
-        if (!plain && mask.kind(t, n) != mask_row::ALL_PLAIN) {
-            for (int64_t i = t; i < t + n; ++i) {
-                if (mask.hidden(i)) {
-                    scores[i] = -INFINITY;
-                } else if (mask.forced(i)) {
-                    scores[i] = INFINITY;
-                }
-            }
+        const mask_row::tile_bits marks = plain ? mask_row::tile_bits{ 0, 0 } : mask.tile(t, n);
+        for (uint32_t bits = marks.hidden | marks.forced; bits; bits &= bits - 1) {
+            const int i = lowest_bit(bits);
+            scores[t + i] = marks.hidden >> i & 1 ? -INFINITY : INFINITY;
         }
     }
 }
