@@ -14,7 +14,11 @@ const float * cache_rows::floats(int64_t cell, float * scratch) const {
     if (type == GGML_TYPE_F32) {
         return (const float *) row(cell);
     }
-    ggml_get_type_traits(type)->to_float(row(cell), scratch, d);
+    if (type == GGML_TYPE_F16) {
+        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row(cell), scratch, d);
+    } else {
+        ggml_get_type_traits(type)->to_float(row(cell), scratch, d);
+    }
     return scratch;
 }
 
@@ -38,12 +42,6 @@ void hadamard(float * x, int64_t d, int64_t n) {
 // The dims of a row that the index keeps, [n_dim]. scratch: [d].
 static void indexed_dims(
         const cache_rows & k, int64_t hadamard_size, const int32_t * dims, int64_t n_dim, float * scratch, float * values) {
-    if (k.type == GGML_TYPE_F16 && !hadamard_size) {
-        for (int64_t j = 0; j < n_dim; ++j) {
-            values[j] = ggml_fp16_to_fp32(((const ggml_fp16_t *) k.data)[dims[j]]);
-        }
-        return;
-    }
     const float * row = k.floats(0, scratch);
     if (hadamard_size) {
         if (row != scratch) {
