@@ -204,10 +204,12 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
 
     const fasa::mask_row mask = op.mask_at(t, s);
 
+    const int64_t first = team.first(n_groups*tip_chunk);
+    const int64_t last  = team.last (n_groups*tip_chunk);
+
     // calls fn(group, chunk, whether the group is another than in the call before) for this thread's chunks
     auto for_tip_chunks = [&](auto && fn) {
-        const int64_t first = team.first(n_groups*tip_chunk);
-        for (int64_t i = first; i < team.last(n_groups*tip_chunk); ++i) {
+        for (int64_t i = first; i < last; ++i) {
             fn(i/tip_chunk, i%tip_chunk, i == first || i%tip_chunk == 0);
         }
     };
@@ -217,8 +219,10 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
             op.gather_q(g0 + g, t, s, q_tip + R*op.n_dim, q_tip);
             fasa::tip_query(q_tip, R, op.n_dim, op_index_type(op.dst), query);
         }
+        const int64_t next = g*tip_chunk + chunk + 1;
         fasa::tip_chunk(query, R, op.index_plane(g0 + g, s), mask, op.n_kv, chunk,
-                weight + g*R*op.stride, op.stride, peak + g*R*tip_chunk, sum + g*R*tip_chunk);
+                weight + g*R*op.stride, op.stride, peak + g*R*tip_chunk, sum + g*R*tip_chunk,
+                next < last ? op.index_plane(g0 + next/tip_chunk, s).chunk(next%tip_chunk) : nullptr);
     });
     team.wait();
 

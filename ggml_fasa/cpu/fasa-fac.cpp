@@ -8,19 +8,6 @@
 
 namespace fasa {
 
-static void prefetch_row(const void * row, size_t size) {
-#if defined(__GNUC__)
-    const uintptr_t end = (uintptr_t) row + size;
-    for (uintptr_t line = (uintptr_t) row & ~(uintptr_t) 63; line < end; line += 64) {
-        __builtin_prefetch((const void *) line, 0, 2); // into L2, which takes in more at a time than L1
-    }
-    __asm__ volatile(""); // GCC drops calls of a function that does nothing else
-#else
-    GGML_UNUSED(row);
-    GGML_UNUSED(size);
-#endif
-}
-
 inline float value(ggml_fp16_t x) { return ggml_fp16_to_fp32(x); }
 inline float value(float x)       { return x; }
 
@@ -225,7 +212,7 @@ static void fac_cells(const fac_input & in, const int32_t * cells, int64_t n_cel
     constexpr int64_t AHEAD = 32; // cells
     auto prefetch = [n_cells, cells](const cache_rows & rows, size_t size, int64_t c, int64_t n) {
         for (int64_t i = c; i < std::min(n_cells, c + n); ++i) {
-            prefetch_row(rows.row(cells[i]), size);
+            fasa::prefetch(rows.row(cells[i]), size);
         }
     };
 

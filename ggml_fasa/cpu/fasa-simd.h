@@ -32,6 +32,20 @@ inline void prefetch(const void * p) {
 #endif
 }
 
+// The same for the lines that hold size bytes, into L2, which takes in more at a time than L1.
+inline void prefetch(const void * p, size_t size) {
+#if defined(__GNUC__)
+    const uintptr_t end = (uintptr_t) p + size;
+    for (uintptr_t line = (uintptr_t) p & ~(uintptr_t) 63; line < end; line += 64) {
+        __builtin_prefetch((const void *) line, 0, 2);
+    }
+    __asm__ volatile(""); // GCC drops calls of a function that does nothing else
+#else
+    (void) p;
+    (void) size;
+#endif
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
 constexpr int W = 16;

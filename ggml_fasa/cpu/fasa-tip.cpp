@@ -204,7 +204,7 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
 
 void tip_chunk(
         const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
-        float * weight, int64_t stride, float * peak, float * total) {
+        float * weight, int64_t stride, float * peak, float * total, const char * next) {
     const int64_t t0 = chunk*TIP_CHUNK;
     const int64_t t1 = std::min(n_kv, t0 + TIP_CHUNK);
     const int64_t te = t0 + GGML_PAD(t1 - t0, TILE);
@@ -225,8 +225,12 @@ void tip_chunk(
         }
     }
 
+    const size_t n_next = next ? TIP_CHUNK/TILE*ggml_fasa_tile_size(index.type, index.n_dim) : 0;
     for (int64_t h = 0; h < n_group; ++h) {
         float * w = weight + h*stride;
+
+        // what follows does not touch memory, which can bring the next chunk meanwhile
+        prefetch(next + n_next*h/n_group, n_next/n_group);
 
         vec vmax = splat(-INFINITY);
         for (int64_t t = t0; t < te; t += W) {
@@ -384,7 +388,8 @@ void ggml_fasa_cpu_tip(
     float * factor = total + n_group*n_chunk;
     fasa::tip_query(q, n_group, n_dim, plane.type, query);
     for (int64_t c = 0; c < n_chunk; ++c) {
-        fasa::tip_chunk(query, n_group, plane, row, n_kv, c, weight, stride, peak, total);
+        const char * next = c + 1 < n_chunk ? plane.chunk(c + 1) : nullptr;
+        fasa::tip_chunk(query, n_group, plane, row, n_kv, c, weight, stride, peak, total, next);
     }
     fasa::tip_factors(n_group, n_chunk, peak, total, factor);
     for (int64_t c = 0; c < n_chunk; ++c) {
