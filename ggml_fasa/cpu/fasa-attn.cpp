@@ -141,6 +141,13 @@ struct team {
     int64_t last (int64_t n) const { return n*(ith + 1)/nth; }
 };
 
+constexpr size_t LINE = 64; // bytes of a cache line
+
+// The work buffer from its first whole cache line on: a vector that lies across two lines takes twice as long.
+float * aligned(void * wdata) {
+    return (float *) GGML_PAD((uintptr_t) wdata, LINE);
+}
+
 // Hands out parts of a buffer, in floats from its start, each on cache lines of its own.
 struct layout {
     size_t size = 0;
@@ -344,7 +351,7 @@ size_t team_scratch(const attn_op & op, int64_t n_groups, int nth) {
 void forward_attn(const ggml_compute_params * params, ggml_tensor * dst) {
     const attn_op op(dst);
 
-    float * scratch = (float *) params->wdata;
+    float * scratch = aligned(params->wdata);
 
     const int64_t G   = op.n_head_kv;
     const int     ith = params->ith;
@@ -398,7 +405,7 @@ void forward_index_write(const ggml_compute_params * params, ggml_tensor * dst) 
     const ggml_fasa_index_type type     = op_index_type(dst);
     const int32_t              hadamard = ggml_get_op_params_i32(dst, GGML_FASA_OP_PARAM_HADAMARD);
 
-    float * scratch = (float *) params->wdata + params->ith*write_scratch(dst);
+    float * scratch = aligned(params->wdata) + params->ith*write_scratch(dst);
 
     // neighbouring cells of a head share cache lines of the index: give each thread a run of them
     const int64_t u1 = G*n*(params->ith + 1)/params->nth;
@@ -439,12 +446,12 @@ void ggml_compute_forward_fasa_attn(const ggml_compute_params * params, ggml_ten
 
 size_t ggml_fasa_cpu_work_size(const ggml_tensor * dst, int n_threads) {
     if (op_mode(dst) == GGML_FASA_MODE_INDEX_WRITE) {
-        return n_threads*write_scratch(dst)*sizeof(float);
+        return n_threads*write_scratch(dst)*sizeof(float) + LINE;
     }
     const attn_op op(dst);
 
     // whether use_ref is set is not known here: make room for each way
     const size_t alone  = std::max(team_scratch(op, op.unit_groups(), 1), ref_scratch(op).all.size)*n_threads;
     const size_t shared = shares_rows(op, n_threads) ? team_scratch(op, op.n_head_kv, n_threads) : 0;
-    return std::max(alone, shared)*sizeof(float);
+    return std::max(alone, shared)*sizeof(float) + LINE;
 }
