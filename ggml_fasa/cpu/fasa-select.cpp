@@ -80,6 +80,10 @@ static void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float *
     int64_t  need = budget; // cells still to place among those that begin with them
 
     for (int shift = 24; shift >= 0; shift -= 8) {
+        if (n == 1) {
+            key = keys[0];
+            break;
+        }
         uint32_t count[256] = { 0 };
         for (int64_t i = 0; i < n; ++i) {
             count[keys[i] >> shift & 255]++;
@@ -161,12 +165,12 @@ int64_t ggml_fasa_cpu_select(
         keys[i] = fasa::key_of(scores[candidates[i]]);
     }
     fasa::select_threshold(keys, n, budget, &threshold, &n_equal);
+    const uint32_t least = fasa::key_of(threshold);
     for (int64_t i = 0; i < n; ++i) { // no branches, which nobody could predict
-        const float score = scores[candidates[i]];
-        const bool  equal = score == threshold;
+        const uint32_t key = fasa::key_of(scores[candidates[i]]);
         candidates[n_kept] = candidates[i];
-        n_kept  += score > threshold || (equal && n_equal > 0);
-        n_equal -= equal;
+        n_kept  += (key > least) | ((key == least) & (n_equal > 0));
+        n_equal -= key == least;
     }
     std::copy(candidates, candidates + n_kept, cells);
     return n_kept;
