@@ -1,6 +1,8 @@
 // The few vector operations that the FASA kernels need, over the widest vector the build targets: AVX-512, AVX2 with FMA
 // and F16C, NEON, or one float. Every kernel is written once on top of these.
 //
+// scale2 is a * 2^n for n = t - t0, where t and t0 are of ROUND's binade and a and the result are normal.
+//
 // ivec holds W int32. dot4 and dot8 add to each the sum of four products of bytes of x and q, q being signed: dot4 of
 // x in 0..15; dot8 of x - 128 + BIAS8, so that what one instruction computes is what is computed.
 
@@ -71,8 +73,10 @@ inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 inline uint32_t ge_bits(vec a, vec b)              { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-inline vec   round(vec a)                          { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-inline vec   ldexp(vec a, vec n)                   { return _mm512_scalef_ps(a, n); }
+inline vec   scale2(vec a, vec t, vec t0) {
+    const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(t), _mm512_castps_si512(t0));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));
+}
 
 using ivec = __m512i;
 
@@ -126,10 +130,9 @@ inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 inline uint32_t ge_bits(vec a, vec b)              { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
-inline vec   round(vec a)                          { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vec   ldexp(vec a, vec n) { // n in [-126, 127]
-    const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(a, _mm256_castsi256_ps(e));
+inline vec   scale2(vec a, vec t, vec t0) {
+    const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(t), _mm256_castps_si256(t0));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(n, 23)));
 }
 
 using ivec = __m256i;
@@ -178,9 +181,9 @@ inline uint32_t ge_bits(vec a, vec b) {
     const uint32_t bit[] = { 1, 2, 4, 8 };
     return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
 }
-inline vec   round(vec a)                          { return vrndnq_f32(a); }
-inline vec   ldexp(vec a, vec n) { // n in [-126, 127]
-    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)));
+inline vec   scale2(vec a, vec t, vec t0) {
+    const int32x4_t n = vsubq_s32(vreinterpretq_s32_f32(t), vreinterpretq_s32_f32(t0));
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(n, 23)));
 }
 
 using ivec = int32x4_t;
@@ -224,8 +227,7 @@ inline float hsum(vec a)                           { return a; }
 inline float hmax(vec a)                           { return a; }
 inline void  hsum4(vec a, vec b, vec c, vec d, float * out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
 inline uint32_t ge_bits(vec a, vec b)              { return a >= b; }
-inline vec   round(vec a)                          { return std::nearbyint(a); }
-inline vec   ldexp(vec a, vec n)                   { return std::ldexp(a, (int) n); }
+inline vec   scale2(vec a, vec t, vec t0)          { return std::ldexp(a, (int) (t - t0)); }
 
 using ivec = int32_t;
 
@@ -272,27 +274,29 @@ inline int append(uint32_t bits, int32_t first, int32_t * out) {
 #endif
 }
 
+constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: what is added to it is rounded to an integer, which its lowest bits hold
+
 // The power of two nearest e^x, as an exponent.
 inline vec exp2_round(vec x) {
-    return round(mul(x, splat(1.44269504f)));
+    return sub(fma(x, splat(1.44269504f), splat(ROUND)), splat(ROUND));
 }
 
-// 2^-n0 * e^x for n0 = exp2_round of some x0 >= x: 2^(n - n0) times the Taylor series of e^r with |r| <= ln(2)/2, relative
-// error about 2e-7. Results of one x for different n0 differ by a power of two, exactly. Below x0 - 87 the result stays
-// near 1e-38 instead of 0, which no softmax can tell apart.
+// 2^-n0 * e^x for n0 = exp2_round of some x0 >= x: 2^(n - n0) times e^r with |r| <= ln(2)/2, 1 + r and a minimax polynomial,
+// relative error about 2e-7. Results of one x for different n0 differ by a power of two, exactly. Below x0 - 86 the result
+// stays near 4e-38 instead of 0, which no softmax can tell apart.
 inline vec exp_scaled(vec x, vec x0, vec n0) {
-    x = max(x, sub(x0, splat(87.0f)));
-    const vec n = exp2_round(x);
+    x = max(x, sub(x0, splat(86.0f)));
+    const vec t = fma(x, splat(1.44269504f), splat(ROUND));
+    const vec n = sub(t, splat(ROUND));
     vec r = fma(n, splat(-0.693359375f), x);
     r     = fma(n, splat(2.12194440e-4f), r);
-    vec p = splat(1.0f/720.0f);
-    p = fma(p, r, splat(1.0f/120.0f));
-    p = fma(p, r, splat(1.0f/24.0f));
-    p = fma(p, r, splat(1.0f/6.0f));
-    p = fma(p, r, splat(0.5f));
+    vec p = splat(0.00831243f);
+    p = fma(p, r, splat(0.04189099f));
+    p = fma(p, r, splat(0.16667118f));
+    p = fma(p, r, splat(0.49999226f));
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
-    return ldexp(p, max(sub(n, n0), splat(-126.0f)));
+    return scale2(p, t, add(n0, splat(ROUND)));
 }
 
 // exp for x <= 0.

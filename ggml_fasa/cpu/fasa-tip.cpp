@@ -233,8 +233,8 @@ void tip_chunk(
         prefetch(next + n_next*h/n_group, n_next/n_group);
 
         vec vmax = splat(-INFINITY);
-        for (int64_t t = t0; t < te; t += W) {
-            vmax = max(vmax, load(w + t));
+        for (int64_t t = t0; t < te; t += 2*W) {
+            vmax = max(vmax, max(load(w + t), load(w + t + W)));
         }
         const float m = hmax(vmax);
 
