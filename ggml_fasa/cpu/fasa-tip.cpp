@@ -71,7 +71,7 @@ static constexpr int64_t PREFETCH = 2048;
 
 static_assert(TILE % (NV*W) == 0, "a tile is a whole number of passes");
 
-// Scores one tile for NH heads: out[h][0..TILE) = S_h. query is as tip_query makes it.
+// Scores a tile for NH heads: out[h][0..TILE) = S_h. query is as tip_query makes it.
 template <int NH>
 static void tip_tile_f16(const float * query, int64_t n_dim, const char * tile, float * out, int64_t stride) {
     const int64_t size = tip_query_size(n_dim);
@@ -148,25 +148,32 @@ static void tip_tile_int(const float * query, int64_t n_dim, const char * tile, 
 }
 
 template <int NH>
-static void tip_tile(
-        const float * query, int64_t n_dim, ggml_fasa_index_type type, const char * tile, float * out, int64_t stride) {
-    switch (type) {
-        case GGML_FASA_INDEX_Q8: tip_tile_int<NH, GGML_FASA_INDEX_Q8>(query, n_dim, tile, out, stride); break;
-        case GGML_FASA_INDEX_Q4: tip_tile_int<NH, GGML_FASA_INDEX_Q4>(query, n_dim, tile, out, stride); break;
-        default:                 tip_tile_f16<NH>(query, n_dim, tile, out, stride); break;
+static void tip_tiles(
+        const float * query, const index_plane & index, const char * tile, int64_t n, float * out, int64_t stride) {
+    const int64_t n_dim = index.n_dim;
+    const size_t  size  = ggml_fasa_tile_size(index.type, n_dim);
+
+    for (; n > 0; --n, tile += size, out += TILE) {
+        switch (index.type) {
+            case GGML_FASA_INDEX_Q8: tip_tile_int<NH, GGML_FASA_INDEX_Q8>(query, n_dim, tile, out, stride); break;
+            case GGML_FASA_INDEX_Q4: tip_tile_int<NH, GGML_FASA_INDEX_Q4>(query, n_dim, tile, out, stride); break;
+            default:                 tip_tile_f16<NH>(query, n_dim, tile, out, stride); break;
+        }
     }
 }
 
-static void tip_tile_heads(
-        const float * query, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, const char * tile,
-        float * out, int64_t stride) {
+// Scores n tiles from cell t on for all heads of the group.
+static void tip_cells(
+        const float * query, int64_t n_group, const index_plane & index, int64_t t, int64_t n, float * weight, int64_t stride) {
+    const char * tile = index.tile(t/TILE);
     for (int64_t h = 0; h < n_group; h += MAX_HEADS) {
-        const float * q = query + h*tip_query_size(n_dim);
+        const float * q   = query + h*tip_query_size(index.n_dim);
+        float       * out = weight + h*stride + t;
         switch (std::min<int64_t>(n_group - h, MAX_HEADS)) {
-            case 4: tip_tile<4>(q, n_dim, type, tile, out + h*stride, stride); break;
-            case 3: tip_tile<3>(q, n_dim, type, tile, out + h*stride, stride); break;
-            case 2: tip_tile<2>(q, n_dim, type, tile, out + h*stride, stride); break;
-            case 1: tip_tile<1>(q, n_dim, type, tile, out + h*stride, stride); break;
+            case 4: tip_tiles<4>(q, index, tile, n, out, stride); break;
+            case 3: tip_tiles<3>(q, index, tile, n, out, stride); break;
+            case 2: tip_tiles<2>(q, index, tile, n, out, stride); break;
+            case 1: tip_tiles<1>(q, index, tile, n, out, stride); break;
         }
     }
 }
@@ -210,12 +217,13 @@ void tip_chunk(
     const int64_t te = t0 + GGML_PAD(t1 - t0, TILE);
 
     const bool plain = mask.plain(t0, t1 - t0);
-    for (int64_t t = t0; t < t1; t += TILE) {
-        const int64_t n = std::min(TILE, t1 - t);
-
-        const uint32_t hidden = plain ? 0 : mask.tile(t, n).hidden;
+    if (plain) {
+        tip_cells(query, n_group, index, t0, (t1 - t0)/TILE, weight, stride);
+    }
+    for (int64_t t = t0; t < t1 && !plain; t += TILE) {
+        const uint32_t hidden = mask.tile(t, std::min(TILE, t1 - t)).hidden;
         if (hidden != UINT32_MAX) {
-            tip_tile_heads(query, n_group, index.n_dim, index.type, index.tile(t/TILE), weight + t, stride);
+            tip_cells(query, n_group, index, t, 1, weight, stride);
         }
         // hidden cells are overwritten, never added to: a stale index row may hold NaN
         for (uint32_t bits = hidden; bits; bits &= bits - 1) {
