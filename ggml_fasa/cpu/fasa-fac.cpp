@@ -44,11 +44,13 @@ static void fac_dot4(const float * q, int64_t q_stride, const T * const * k, int
             }
         }
     }
-    for (int h = 0; h < NH; ++h) {
+    for (int h = 0; h < NH; ++h) { // a loop that unrolls, which keeps the sums in registers
         hsum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], out + h*FAC_CHUNK);
-        for (int64_t r = i; r < d; ++r) {
+    }
+    for (; i < d; ++i) {
+        for (int h = 0; h < NH; ++h) {
             for (int c = 0; c < 4; ++c) {
-                out[h*FAC_CHUNK + c] += value(k[c][r])*q[h*q_stride + r];
+                out[h*FAC_CHUNK + c] += value(k[c][i])*q[h*q_stride + i];
             }
         }
     }
