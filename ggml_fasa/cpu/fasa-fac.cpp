@@ -140,18 +140,19 @@ static void fac_weighted_values(const fac_input & in, const float * p, const T *
 // again up to a multiple of 4.
 template <typename F>
 static void with_rows(const cache_rows & rows, const int32_t * cells, int64_t n, float * scratch, F && fn) {
+    auto call = [&](auto ** row, auto && at) {
+        for (int64_t c = 0; c < n; ++c) {
+            row[c] = at(c);
+        }
+        std::fill(row + n, row + GGML_PAD(n, 4), row[n - 1]);
+        fn(row);
+    };
     if (rows.type == GGML_TYPE_F16) {
         const ggml_fp16_t * row[FAC_CHUNK];
-        for (int64_t c = 0; c < GGML_PAD(n, 4); ++c) {
-            row[c] = (const ggml_fp16_t *) rows.row(cells[std::min(c, n - 1)]);
-        }
-        fn(row);
+        call(row, [&](int64_t c) { return (const ggml_fp16_t *) rows.row(cells[c]); });
     } else {
         const float * row[FAC_CHUNK];
-        for (int64_t c = 0; c < GGML_PAD(n, 4); ++c) {
-            row[c] = c < n ? rows.floats(cells[c], scratch + c*rows.d) : row[n - 1];
-        }
-        fn(row);
+        call(row, [&](int64_t c) { return rows.floats(cells[c], scratch + c*rows.d); });
     }
 }
 
