@@ -260,6 +260,17 @@ def test_tip_survives_large_logits(rng, use_ref):
 
 
 @PATHS
+@pytest.mark.parametrize("sign", (1, -1))
+def test_tip_survives_logits_beyond_measure(sign, use_ref):
+    """Of billions, as a broken model may have them: weights are still weights."""
+    n_kv, n_dim = 3000, 2
+    index = np.full((shapes.pad(n_kv) // TILE, n_dim, TILE), sign * 3e4, np.float16)
+    index[0, 0, 5] = index[-1, 0, 7] = 6e4
+    scores = run_tip(np.full((2, n_dim), 1e5, np.float32), index, np.zeros(n_kv, np.float32), use_ref)
+    assert np.isfinite(scores).all() and (scores >= 0).all() and scores.sum() == pytest.approx(2.0, rel=1e-3)
+
+
+@PATHS
 def test_tip_of_equal_cells_is_equal(rng, use_ref):
     """Equal index rows get equal scores wherever they lie, else the tie rule would mean nothing."""
     n_dim = 16

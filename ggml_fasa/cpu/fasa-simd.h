@@ -276,7 +276,9 @@ inline int append(uint32_t bits, int32_t first, int32_t * out) {
 
 constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: what is added to it is rounded to an integer, which its lowest bits hold
 
-// The power of two nearest e^x, as an exponent.
+constexpr float EXP_MAX = 2e6f; // magnitude of x below which the exponent of e^x is one of ROUND's integers
+
+// The power of two nearest e^x, as an exponent. x within EXP_MAX, here and below.
 inline vec exp2_round(vec x) {
     return sub(fma(x, splat(1.44269504f), splat(ROUND)), splat(ROUND));
 }

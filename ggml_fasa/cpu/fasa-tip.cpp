@@ -244,7 +244,11 @@ void tip_chunk(
         for (int64_t t = t0; t < te; t += 2*W) {
             vmax = max(vmax, max(load(w + t), load(w + t + W)));
         }
-        const float m = hmax(vmax);
+        float m = hmax(vmax);
+        if (m > EXP_MAX || (m < -EXP_MAX && m > -INFINITY)) { // of no sound model
+            std::transform(w + t0, w + te, w + t0, [](float x) { return x > -INFINITY ? std::clamp(x, -EXP_MAX, EXP_MAX) : x; });
+            m = std::clamp(m, -EXP_MAX, EXP_MAX);
+        }
 
         // weights of equal cells in different chunks must differ by a power of two only, else rounding breaks their tie
         vec sum = zero();
