@@ -16,6 +16,9 @@ GGML_API ggml_backend_buffer_type_t ggml_fasa_mapped_buffer_type(ggml_backend_de
 // Whether buft is what ggml_fasa_mapped_buffer_type returns, for any device.
 GGML_API bool ggml_fasa_buft_is_mapped(ggml_backend_buffer_type_t buft);
 
+// Whether buft is what ggml_fasa_mapped_buffer_type(dev) returns.
+GGML_API bool ggml_fasa_buft_is_mapped_into(ggml_backend_buffer_type_t buft, ggml_backend_dev_t dev);
+
 #ifdef __cplusplus
 }
 #endif

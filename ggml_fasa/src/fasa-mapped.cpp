@@ -74,3 +74,7 @@ ggml_backend_buffer_type_t ggml_fasa_mapped_buffer_type(ggml_backend_dev_t dev) 
 bool ggml_fasa_buft_is_mapped(ggml_backend_buffer_type_t buft) {
     return buft && buft->iface.alloc_buffer == mapped_alloc;
 }
+
+bool ggml_fasa_buft_is_mapped_into(ggml_backend_buffer_type_t buft, ggml_backend_dev_t dev) {
+    return ggml_fasa_buft_is_mapped(buft) && buft->device == dev;
+}
