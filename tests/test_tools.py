@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,21 @@ def test_plot_benchmarks(benchmarks):
     assert "| 60 (1/20.0) | 75 % | 8.0 (10 % of 50.0 GB/s) |" in text and "| memcheck | 3/3 |" in text
     assert run("plot_benchmarks.py", "--dir", benchmarks).returncode == 0
     assert pictures == {path.name: path.read_bytes() for path in benchmarks.glob("*.png")}
+
+
+def test_plot_benchmarks_shows_what_is_current(benchmarks):
+    rows = list(made_up_rows())
+    later = {"date": "2030-01-02T00:00:00+00:00", "commit": "decade"}
+    with (benchmarks / "later.jsonl").open("w") as file:
+        for r in rows[4:]:  # all stages and checks
+            file.write(json.dumps({**r, **later}) + "\n")
+        file.write(json.dumps({**rows[2], **later}) + "\n")  # one row of a decode table
+    assert run("plot_benchmarks.py", "--dir", benchmarks).returncode == 0
+    text = (benchmarks / "README.md").read_text(encoding="ascii")
+    chapters = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    commits = {name: re.findall(r"^### .* commit (\w+)", part, re.M) for name, part in chapters.items()}
+    assert commits.pop("Decode and prefill") == ["c0ffee", "decade"]
+    assert len(commits) == 4 and all(of == ["decade"] for of in commits.values()), commits
 
 
 def test_plot_benchmarks_check(benchmarks):

@@ -147,6 +147,7 @@ run_tokens() {
     if [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" -gt 1 ]; then
         same 'two GPUs, one: dense' "$(greedy 0,1 mode=off)" "$dense" || result=1
         same 'two GPUs, one: budget 256' "$(greedy 0,1 mode=c budget=256)" "$sparse" || result=1
+        same 'two GPUs, one: budget 256, FASA-M' "$(greedy 0,1 mode=m budget=256)" "$(greedy 0 mode=m budget=256)" || result=1
     fi
     return "$result"
 }

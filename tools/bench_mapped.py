@@ -80,15 +80,16 @@ class Bench:
         settings = {key: value for key, value in ran.items() if key not in ("tokens", "logits", "gaps")}
         emit(row("mapped", self.args.model, gpu=gpu(), **settings, **more), self.args.out)
 
-    def note(self, check, result):
-        emit(row("mapped_check", self.args.model, gpu=gpu(), check=check, result=result), self.args.out)
+    def note(self, check, result, with_model=True):
+        model = self.args.model if with_model else None
+        emit(row("mapped_check", model, gpu=gpu(), check=check, result=result), self.args.out)
 
     def ops(self):
         result = self.call(self.program, "ops", check=False)
         print(result.stdout, result.stderr)
         if result.returncode != 0:
             raise Failed("cases failed")
-        self.note("ops", result.stdout.splitlines()[-1])
+        self.note("ops", result.stdout.splitlines()[-1], with_model=False)
 
     def speed(self):
         for mode in ("off", "c", "m"):
@@ -242,7 +243,8 @@ class Bench:
             if ours or passed[1] != passed[2] or (result.returncode != 0 and not found):
                 failed.append(tool)
             others = f", reports on upstream's {', '.join(sorted(set(found)))}" if found else ""
-            self.note(f"ops, compute-sanitizer {tool}", f"{passed[0]}, {len(ours)} reports on our kernels{others}")
+            result = f"{passed[0]}, {len(ours)} reports on our kernels{others}"
+            self.note(f"ops, compute-sanitizer {tool}", result, with_model=False)
         if failed:
             raise Failed(", ".join(failed))
 
@@ -308,7 +310,8 @@ def main():
     for part in parts:
         if part not in PARTS:
             parser.error(f"--only: there is no part '{part}'")
-    for model, n_tip in [(args.model, 16)] + [(args.model_f16, 12)] * ("memory" in parts):
+    needed = [(args.model, 16)] * (not {"ops", "sanitizer"} >= set(parts)) + [(args.model_f16, 12)] * ("memory" in parts)
+    for model, n_tip in needed:
         if not os.path.exists(model):
             options = f"--dense-layers 0 --n-tip {n_tip}".split()
             subprocess.run([sys.executable, str(ROOT / "tools/random_gguf.py"), model, *options], check=True)

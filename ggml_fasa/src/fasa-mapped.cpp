@@ -1,4 +1,4 @@
-// Mapped host memory: the backend's own pinned buffers under a type of ours, by which the backend knows that its kernels may
+// Mapped host memory: the backend's own pinned buffers under types of ours, by which the backend knows that its kernels may
 // use them in place. See ggml-fasa-mapped.h.
 
 #include "ggml-fasa-mapped.h"
@@ -7,13 +7,22 @@
 #include "ggml-impl.h"
 
 #include <cstring>
+#include <deque>
+#include <mutex>
+#include <string>
+
+struct mapped_type {
+    ggml_backend_buffer_type   type;
+    ggml_backend_buffer_type_t pinned;
+    std::string                name;
+};
 
 static ggml_backend_buffer_type_t pinned_of(ggml_backend_buffer_type_t buft) {
-    return (ggml_backend_buffer_type_t) buft->context;
+    return ((const mapped_type *) buft->context)->pinned;
 }
 
-static const char * mapped_name(ggml_backend_buffer_type_t) {
-    return "FASA_Mapped";
+static const char * mapped_name(ggml_backend_buffer_type_t buft) {
+    return ((const mapped_type *) buft->context)->name.c_str();
 }
 
 static ggml_backend_buffer_t mapped_alloc(ggml_backend_buffer_type_t buft, size_t size) {
@@ -42,14 +51,30 @@ ggml_backend_buffer_type_t ggml_fasa_mapped_buffer_type(ggml_backend_dev_t dev) 
     if (!pinned || strcmp(ggml_backend_reg_name(reg), "CUDA") != 0) {
         return nullptr;
     }
-    static ggml_backend_buffer_type mapped = {
+    static std::mutex              mutex;
+    static std::deque<mapped_type> types; // which stay where they are
+
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (mapped_type & mapped : types) {
+        if (mapped.type.device == dev) {
+            return &mapped.type;
+        }
+    }
+    mapped_type & mapped = types.emplace_back();
+    mapped.pinned = pinned;
+    mapped.name   = std::string(ggml_backend_dev_name(dev)) + "_FASA_Mapped";
+    mapped.type   = {
         /* .iface   = */ { mapped_name, mapped_alloc, mapped_alignment, nullptr, nullptr, mapped_is_host },
-        /* .device  = */ ggml_backend_reg_dev_get(reg, 0),
-        /* .context = */ pinned,
+        /* .device  = */ dev,
+        /* .context = */ &mapped,
     };
-    return &mapped;
+    return &mapped.type;
 }
 
 bool ggml_fasa_buft_is_mapped(ggml_backend_buffer_type_t buft) {
     return buft && buft->iface.alloc_buffer == mapped_alloc;
+}
+
+bool ggml_fasa_buft_is_mapped_into(ggml_backend_buffer_type_t buft, ggml_backend_dev_t dev) {
+    return ggml_fasa_buft_is_mapped(buft) && buft->device == dev;
 }
