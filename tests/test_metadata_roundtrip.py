@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from fasa_calibrate import write
+from fasa_calibrate import cli, write
 from fasa_calibrate.cli import main
 from fasa_calibrate.errors import CalibrateError
 from fasa_calibrate.gguf_file import read_gguf
@@ -343,7 +343,7 @@ def test_a_write_that_fails_midway(model):
 
 REWRITE = """
 import sys
-from fasa_calibrate import write
+from fasa_calibrate import cli, write
 from fasa_calibrate.gguf_file import read_gguf
 from fasa_calibrate.show import main as inspect
 from fasa_calibrate.metadata import U32
@@ -401,6 +401,32 @@ def test_a_file_in_use_by_another_run_is_not_removed(model):
         process.stdout.close()
     write._remove_stale(os.path.join(model.parent, "."))
     assert not leftovers(model.parent)
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "out.gguf"], ["--sidecar"]], ids=str)
+@pytest.mark.parametrize("other", ["calibrates", "removes"])
+def test_a_model_that_changes_meanwhile_is_left_alone(model, monkeypatch, capsys, options, other):
+    """Where its keys and tensors were says nothing about where they are now."""
+    monkeypatch.chdir(model.parent)
+    during, before = cli.calibrate, model.read_bytes()
+
+    def calibrate_slowly(*args, **kwargs):
+        monkeypatch.setattr(cli, "calibrate", during)
+        result = during(*args, **kwargs)
+        if other == "calibrates":
+            assert calibrate(model, "--n-tip", "3") == 0
+        else:
+            model.unlink()
+        return result
+
+    monkeypatch.setattr(cli, "calibrate", calibrate_slowly)
+    assert calibrate(model, *options) == 1
+    message = capsys.readouterr().err
+    assert ("another program changed" if model.exists() else "No such file") in message and message.count("\n") == 1
+    if model.exists():
+        assert fasa_fields(model)["n_tip"].contents() == [3] * 4
+        assert main([str(model), "--remove", "--quiet"]) == 0 and model.read_bytes() == before
+    assert [path for path in model.parent.iterdir() if path != model] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

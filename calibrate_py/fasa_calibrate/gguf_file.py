@@ -58,10 +58,28 @@ class GgufFile:
     keys: dict = field(default_factory=dict)
     tensors: list = field(default_factory=list)
     values: dict = field(default_factory=dict)
+    stamp: tuple = ()  # see _stamp
 
     def get(self, name, default=None):
         """The value of a key: a scalar, a str, or a list of scalars. Arrays of strings or arrays are not decoded."""
         return self.values.get(name, default)
+
+    def open(self):
+        """The file, open for reading, as long as it is the one that was parsed: offsets mean nothing in another."""
+        try:
+            file = open(self.path, "rb")
+        except OSError as err:
+            raise CalibrateError(f"cannot read '{self.path}': {err.strerror}") from err
+        if _stamp(file) != self.stamp:
+            file.close()
+            raise CalibrateError(f"another program changed '{self.path}' meanwhile: nothing was written, try again")
+        return file
+
+
+def _stamp(file):
+    """What changes when an open file is written to or another one takes its name."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class _Reader:
@@ -143,7 +161,9 @@ def read_gguf(path):
             if file.read(4) != MAGIC:
                 raise not_gguf
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data, size)
+                gguf = _parse(path, data, size)
+            gguf.stamp = _stamp(file)
+            return gguf
     except OSError as err:
         raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
 

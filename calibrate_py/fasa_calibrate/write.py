@@ -34,7 +34,7 @@ def write_keys(gguf, target, keys, progress=None):
     padding = -n_head % gguf.alignment
     with _errors_of(target):
         _check_space(target, n_head + padding + gguf.size - gguf.data_start)
-        with open(gguf.path, "rb") as source, _replacement(target, gguf.path) as out:
+        with gguf.open() as source, _replacement(target, gguf.path) as out:
             out.write(header)
             for key in kept:
                 _copy(source, out, key.start, key.end)
