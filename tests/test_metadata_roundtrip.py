@@ -222,7 +222,9 @@ def test_where_a_sidecar_may_be_written(model, tmp_path, capsys):
     out = tmp_path / "else.gguf"
     assert calibrate(model, "--sidecar", "-o", str(out)) == 0
     assert calibrate(model, "--sidecar", "-o", str(out)) == 0, "a sidecar may be replaced"
-    before = model.read_bytes()
+    before, sidecar = model.read_bytes(), out.read_bytes()
+    assert calibrate(model, "-o", str(out)) == 1, "but not by a copy of the model"
+    assert "--force replaces it" in capsys.readouterr().err and out.read_bytes() == sidecar
     assert calibrate(model, "--sidecar", "-o", str(model)) == 1
     assert "another name than the model" in capsys.readouterr().err
     other = tmp_path / "other.gguf"
@@ -300,10 +302,18 @@ def test_links_and_mode_survive(model, tmp_path):
     assert model.stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("output", ["missing/out.gguf", "models"])
+@pytest.mark.parametrize("output", ["missing/out.gguf", "models", "fifo"])
 def test_impossible_outputs(model, tmp_path, capsys, output):
-    assert calibrate(model, "-o", str(tmp_path / output)) == 1
+    os.mkfifo(tmp_path / "fifo")
+    assert calibrate(model, "-o", str(tmp_path / output), "--force") == 1
     assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "fifo").is_fifo()  # as /dev/null, which a rename would replace
+
+
+def test_an_empty_output_is_not_the_model(model, capsys):
+    before = model.read_bytes()
+    assert calibrate(model, "-o", "") == 1
+    assert "'' is not a file" in capsys.readouterr().err and model.read_bytes() == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -152,9 +152,11 @@ def _run(args):
 
 
 def _target(args):
-    target = args.output or (sidecar_of(args.model) if args.sidecar else args.model)
-    if os.path.isdir(target):
-        raise CalibrateError(f"'{target}' is a directory")
+    target = args.output
+    if target is None:  # "" is not: a shell makes it of a variable that is not set
+        target = sidecar_of(args.model) if args.sidecar else args.model
+    if os.path.exists(os.path.realpath(target)) and not os.path.isfile(target):
+        raise CalibrateError(f"'{target}' is not a file but a directory or a device")
     folder = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(folder):
         raise CalibrateError(f"there is no directory '{folder}'")
@@ -163,7 +165,7 @@ def _target(args):
     is_model = os.path.realpath(target) == os.path.realpath(args.model)
     if is_model and args.sidecar:
         raise CalibrateError("the sidecar needs another name than the model")
-    if os.path.exists(target) and not (args.force or is_model or _is_sidecar(target)):
+    if os.path.exists(target) and not (args.force or is_model or args.sidecar and _is_sidecar(target)):
         raise CalibrateError(f"'{target}' exists; --force replaces it")
     return target
 
