@@ -451,6 +451,29 @@ def test_a_signal_leaves_no_debris(model, number):
     assert leftovers(model.parent) == [] and contents(model) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_ignored_signal_stays_ignored(model, number):
+    """As by nohup, or by a shell for what it runs in the background."""
+    code = """
+import os, signal, sys
+from fasa_calibrate import cli, observe
+number = int(sys.argv.pop(1))
+signal.signal(number, signal.SIG_IGN)
+evaluate = observe._Graph.take
+def at_every_node(*args):
+    os.kill(os.getpid(), number)
+    evaluate(*args)
+observe._Graph.take = at_every_node
+sys.exit(cli.main())
+"""
+    text = model.parent / "text.txt"
+    text.write_text(TEXT)
+    options = ["--text", str(text), "--budget", "96", "--criterion", "random", "--n-ctx", "300"]
+    command = [sys.executable, "-c", code, str(int(number)), str(model), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and fasa_fields(model), done.stderr
+
+
 # --- files that are not what they should be ---
 
 

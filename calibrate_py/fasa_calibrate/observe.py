@@ -96,8 +96,9 @@ class Model:
             arrived.append(number)
             self._interrupt = self._interrupt or KeyboardInterrupt()
 
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        old = {number: signal.signal(number, note) for number in numbers}
+        main_thread = threading.current_thread() is threading.main_thread()
+        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if main_thread and signal.getsignal(n) != signal.SIG_IGN]
+        old = {number: signal.signal(number, note) for number in heeded}
         try:
             yield
         finally:

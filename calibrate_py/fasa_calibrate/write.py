@@ -138,12 +138,14 @@ def _remove_stale(prefix):
 
 @contextlib.contextmanager
 def termination_as_exception():
-    """Lets SIGTERM unwind the stack as SIGINT does, so that temporary files go."""
+    """Lets SIGTERM, unless it is ignored, unwind the stack as SIGINT does, so that temporary files go."""
 
     def stop(number, frame):
         raise SystemExit(128 + number)
 
-    old = signal.signal(signal.SIGTERM, stop)
+    old = signal.getsignal(signal.SIGTERM)
+    if old != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
