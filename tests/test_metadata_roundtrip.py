@@ -278,6 +278,28 @@ def test_inspect(model, tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not take such names")
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_that_are_not_utf_8(model, tmp_path, encoding):
+    folder = os.fsencode(tmp_path) + b"/na\xefve \xe2\x82\xac"
+    os.mkdir(folder)
+    named, text = folder + b"/m\xf6del.gguf", folder + b"/t\xe9xt"
+    model.rename(os.fsdecode(named))
+    with open(text, "w") as file:
+        file.write(TEXT)
+    out = folder + b"/s\xefde.gguf"
+    more = ["--text", text, "--budget", "96", "--criterion", "random", "--n-ctx", "300", "--sidecar", "-o", out]
+    commands = [
+        [sys.executable, "-m", "fasa_calibrate", named, *more],
+        [sys.executable, "-c", "import sys; from fasa_calibrate.show import main; sys.exit(main())", out],
+    ]
+    for command in commands:
+        env = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=env, capture_output=True, check=False)
+        assert done.returncode == 0 and rb"s\udcefde.gguf" in done.stdout, done.stderr
+    assert fasa_fields(os.fsdecode(out))["calibration.text"].contents() == "t\ufffdxt"
+
+
 # --- where it is written ---
 
 

@@ -20,7 +20,7 @@ from .calibrate import (
     sha256_text,
 )
 from .criteria import CRITERIA, Rules
-from .errors import CalibrateError
+from .errors import CalibrateError, escape_what_it_cannot_encode
 from .gguf_file import read_gguf, read_parts
 from .measure import HELD_OUT, smallest_budget
 from .metadata import INDEX_TYPES, PREFIX, fasa_keys, fingerprint, sidecar_of
@@ -109,6 +109,7 @@ def _n_cpu():
 def main(argv=None):
     """Returns the exit status: 0, 1 after an error, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    escape_what_it_cannot_encode(sys.stdout)
     try:
         with termination_as_exception():
             _run(args)
@@ -194,7 +195,7 @@ def _read_text(path):
         return text, f"built-in {__version__}"
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return file.read(), os.path.basename(path)
+            return file.read(), os.fsencode(os.path.basename(path)).decode("utf-8", "replace")  # GGUF holds UTF-8
     except OSError as err:
         raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
     except UnicodeDecodeError:

@@ -59,7 +59,7 @@ class Model:
             params.progress_callback = llama_cpp.llama_progress_callback(self._guard(lambda done, data: None))
             with self._native_call():
                 llama_cpp.llama_backend_init()
-                self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+                self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
                 if self._model:
                     undo.callback(llama_cpp.llama_model_free, self._model)
             if not self._model:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from . import __version__
-from .errors import CalibrateError
+from .errors import CalibrateError, escape_what_it_cannot_encode
 from .gguf_file import read_gguf
 from .metadata import PREFIX, sidecar_of
 
@@ -127,6 +127,7 @@ def main(argv=None):
     add("--plot", metavar="OUT.png", help="draw which FCs each KV head uses, and recall by budget (needs matplotlib)")
     add("--version", action="version", version=f"fasa-inspect {__version__}")
     args = parser.parse_args(argv)
+    escape_what_it_cannot_encode(sys.stdout)
     try:
         path, keys = read_calibration(args.file)
         layers = layers_of(keys)
