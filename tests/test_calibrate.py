@@ -419,6 +419,13 @@ def test_a_model_that_llama_cpp_refuses(tmp_path, capsys):
     assert "cannot load" in fails(capsys, model)
 
 
+@pytest.mark.parametrize("value", [np.nan, 1e6])  # K in f16 holds 65504 at most
+def test_a_model_whose_k_is_not_finite(tmp_path, capsys, value):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", "qwen2")
+    next(t for t in gguf.GGUFReader(model, "r+").tensors if t.name == "blk.1.attn_k.bias").data[0] = value
+    assert "layer 1 has q, K or V that are not finite" in fails(capsys, model)
+
+
 def test_a_second_run_in_the_same_process_gives_the_same_file(tmp_path):
     first, second = (write_tiny_gguf(tmp_path / f"{n}.gguf") for n in "ab")
     assert run(first) == 0 and run(second) == 0
