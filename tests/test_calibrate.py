@@ -169,6 +169,17 @@ def test_quality_is_that_of_the_oracle(rng):
     assert quality(head, fcs, Rules(400, 4, 8)).error < 1e-9 * size
 
 
+@pytest.mark.filterwarnings("error")
+def test_quality_where_no_mass_is_selected(rng):
+    """Sharp heads give most tokens a weight of 0 in float32."""
+    q, k = np.ones((4, 1, 2, 2)), rng.uniform(-0.1, 0.1, (4, 300, 2))
+    q[0], k[0], k[0, 100] = 100, 0, 100  # only token 100 has weight, and FC 3 does not see it
+    head = group(q, k, [299])
+    got = quality(head, [3], RULES)
+    assert got.relative_error == 1 and got.mean_recall[0] == 0
+    assert CHOOSE["error"](head, 1, RULES, rng) == [0]
+
+
 def test_rank_equals_the_oracle(rng):
     scores = 4 * rng.standard_normal((3, 2, 77)).astype(np.float32)
     expected = [oracle_rank(s.astype(np.float64), np.zeros(77)) for s in scores]
