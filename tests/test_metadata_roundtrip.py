@@ -22,7 +22,7 @@ from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
 from fasa_calibrate.native import load_llama_cpp
 from fasa_calibrate.observe import Model
 from fasa_calibrate.show import main as inspect
-from support.gguf_keys import split_in_parts
+from support.gguf_keys import F32, array, scalar, split_in_parts, with_keys
 from support.tiny_gguf import Shape, write_tiny_gguf
 
 TEXT = "The keeper rang the bell for four hours, and 59 teeth were enough for the clock. " * 10
@@ -276,6 +276,69 @@ def test_inspect(model, tmp_path, capsys):
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
     assert inspect([str(model), "--plot", str(tmp_path / "none" / "map.png")]) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def with_changed(model, path, **changes):
+    """A copy of an uncalibrated model with the keys of a calibration, some of them changed."""
+    assert calibrate(model, "--sidecar", "-o", str(path)) == 0
+    keys = {"fasa." + name: field.contents() for name, field in fasa_fields(path).items()}
+    keys = {name: array(F32, v) if isinstance(v, list) and type(v[0]) is float else v for name, v in keys.items()}
+    return with_keys(model, path, {**keys, **changes})
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("version", 2),
+        ("version", "1"),
+        ("n_tip", []),
+        ("n_tip", [-1] * 4),
+        ("n_tip", "8888"),
+        ("n_rot", [-32] * 4),
+        ("n_rot", [2**31 - 1] * 4),
+        ("n_rot", "\x20!!!"),
+        ("n_head_kv", [2] * 3),
+        ("n_head_kv", [2**31 - 1] * 4),
+        ("fc", "0" * 64),
+        ("fc", [16] * 64),
+        ("fc", [-17] * 64),
+        ("fc", [0] * 63),
+        ("fc", array(F32, [0.5] * 64)),
+        ("calibration.error", array(F32, [float("nan")] * 4)),
+        ("calibration.error", array(F32, [0.5] * 3)),
+        ("calibration.recall", "0" * 20),
+        ("calibration.recall", array(F32, [0.5] * 19)),
+        ("calibration.recall_budget", "12345"),
+        ("calibration.recall_budget", array(F32, [0.5] * 5)),
+    ],
+)
+def test_inspect_refuses_what_is_damaged(model, tmp_path, capsys, name, value):
+    path = with_changed(model, tmp_path / "damaged.gguf", **{"fasa." + name: value})
+    for more in ([], ["--json"], ["--plot", str(tmp_path / "map.png")]):
+        assert inspect([str(path), *more]) == 1
+        message = capsys.readouterr().err
+        assert "run fasa-calibrate again" in message and message.count("\n") == 1
+    assert not (tmp_path / "map.png").exists()
+
+
+def test_inspect_prints_no_control_characters(model, tmp_path, capsys):
+    strange = {"fasa.calibration.text": "\x1b]0;title\a", "fasa.\x1b[2J": 1, "fasa.note": scalar(F32, float("nan"))}
+    path = with_changed(model, tmp_path / "strange.gguf", **strange)
+    for more in ([], ["--json"]):
+        assert inspect([str(path), *more]) == 0
+        shown = capsys.readouterr().out
+        assert shown.isascii() and shown.replace("\n", "").isprintable() and "]0;title" in shown
+    assert "NaN" not in shown  # which is not JSON
+
+
+def test_inspect_into_a_pipe_that_nobody_reads(model):
+    assert calibrate(model) == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from fasa_calibrate.show import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, str(model)], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not take such names")
