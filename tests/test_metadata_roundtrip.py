@@ -278,6 +278,14 @@ def test_inspect(model, tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_inspect_refuses_the_sidecar_of_another_model(model, capsys):
+    assert calibrate(model, "--sidecar") == 0
+    write_tiny_gguf(model, "qwen2", seed=1)
+    assert inspect([str(model)]) == 1
+    assert "made for other weights" in capsys.readouterr().err
+    assert inspect([str(model.with_suffix(".fasa.gguf"))]) == 0
+
+
 def with_changed(model, path, **changes):
     """A copy of an uncalibrated model with the keys of a calibration, some of them changed."""
     assert calibrate(model, "--sidecar", "-o", str(path)) == 0

@@ -10,8 +10,8 @@ import numpy as np
 
 from . import __version__
 from .errors import CalibrateError, escape_what_it_cannot_encode
-from .gguf_file import read_gguf
-from .metadata import PREFIX, VERSION, sidecar_of
+from .gguf_file import read_gguf, read_parts
+from .metadata import PREFIX, VERSION, fingerprint, sidecar_of
 
 _MOST = 1 << 13  # more heads, and more dims of one, than any model has: what is untrusted must not fill the memory
 _MAX_F32 = float(np.finfo(np.float32).max)
@@ -27,6 +27,8 @@ def read_calibration(path):
         if "version" in keys:
             if keys["version"] != VERSION:
                 raise CalibrateError(f"the calibration is not of version {VERSION}; run fasa-calibrate again")
+            if candidate != path and keys.get("fingerprint") != fingerprint(read_parts(path)):
+                raise CalibrateError(f"'{candidate}' was made for other weights; run fasa-calibrate again")
             return candidate, keys
     raise CalibrateError(f"'{path}' carries no calibration; run fasa-calibrate on it")
 
