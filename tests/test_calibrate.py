@@ -382,6 +382,12 @@ def test_target_kld_stores_the_smallest_budget_that_meets_it(tmp_path, capsys):
     assert "both name a budget" in capsys.readouterr().err
 
 
+def test_target_kld_without_a_place_for_temporary_files(tmp_path, capsys, monkeypatch):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=2))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert "TMPDIR" in fails(capsys, model, "--target-kld", "100")
+
+
 def test_params_are_those_of_the_header():
     root = Path(__file__).resolve().parent.parent
     header = (root / "ggml_fasa" / "include" / "llama-fasa.h").read_text()
