@@ -452,6 +452,8 @@ def test_a_second_run_in_the_same_process_gives_the_same_file(tmp_path):
 def test_every_option_has_help():
     for action in build_parser()._actions:
         assert action.help, action
+        if action.dest == "criterion":
+            assert all(f" {criterion}, " in action.help for criterion in CHOOSE)
 
 
 def test_the_builtin_text_is_long_enough():

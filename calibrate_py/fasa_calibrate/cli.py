@@ -59,7 +59,8 @@ def build_parser():
     add("--remove", action="store_true", help="remove the fasa.* keys instead of writing them")
     add("--text", metavar="FILE", help="calibration text, UTF-8 (default: a built-in one)")
     add("--criterion", choices=CRITERIA, default=options.criterion,
-        help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
+        help="how FCs are chosen: mass, the attention they capture together under the rules of run time; overlap, the"
+        " tokens they find of those that full scores would select; error, how little they change the output; ca, the"
         " paper's contextual agreement; random, a control (default: %(default)s)")
     add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip,
         help=f"FCs per head (default: {TIP_SHARE} of the head size, {LARGE_TIP_SHARE} from {LARGE_HEAD} on)")
