@@ -6,9 +6,11 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import gguf
 import numpy as np
@@ -627,6 +629,24 @@ def test_damaged_header(model, capsys, at, value, message):
 def test_damaged_key(model, capsys, key, value, message):
     entry = read_gguf(str(model)).keys[key]
     assert message in refused(capsys, patched(model, entry.value_at - 4, value))
+
+
+def test_long_tables_do_not_fill_the_memory(model, tmp_path, capsys):
+    """Python's objects take many times their bytes in the file; what is not needed is not decoded."""
+    n, long = 5 << 20, tmp_path / "long.gguf"
+    with_keys(model, long, {"test.long": (ARRAY, struct.pack("<IQ", 0, n) + bytes(n))})
+    before = long.read_bytes()
+    tracemalloc.start()
+    gguf_file = read_gguf(str(long))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * n and gguf_file.get("test.long") is None
+    assert main([str(long), "--remove", "--quiet"]) == 0 and long.read_bytes() == before
+
+    n = 1 << 20
+    keys = b"".join(b"\5\0\0\0\0\0\0\0%05x\0\0\0\0\0" % i for i in range(n))
+    long.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, n) + keys)
+    assert "more entries" in refused(capsys, long)
 
 
 def test_nested_arrays_end(tmp_path, capsys):

@@ -19,6 +19,9 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _MAX_DIMS = 4
 _MAX_NAME = 65535
 _MAX_ARRAY_DEPTH = 4
+# As objects of Python entries and numbers take many times the bytes that they have in the file.
+_MAX_ENTRIES = 1 << 18
+_MAX_DECODED = 1 << 22
 
 
 def shown(name):
@@ -61,7 +64,7 @@ class GgufFile:
     stamp: tuple = ()  # see _stamp
 
     def get(self, name, default=None):
-        """The value of a key: a scalar, a str, or a list of scalars. Arrays of strings or arrays are not decoded."""
+        """The value of a key: a scalar, a str, or a list of scalars. Other arrays, and very long ones, are not decoded."""
         return self.values.get(name, default)
 
     def open(self):
@@ -124,6 +127,8 @@ class _Reader:
         item, count = self.unpack("<I"), self.unpack("<Q")
         if item in _SCALARS:
             data = self.take(count * struct.calcsize(_SCALARS[item]))
+            if count > _MAX_DECODED:
+                return None
             return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", data))
         if count > (self.size - self.at) // 8:
             raise CalibrateError("the GGUF file is truncated or damaged")
@@ -191,8 +196,8 @@ def _parse(path, data, size):
         raise CalibrateError(f"GGUF version {version} is not supported")
     n_tensors, n_keys = reader.unpack("<Q"), reader.unpack("<Q")
     # the smallest entry of either table takes more than 12 bytes
-    if n_tensors > size // 12 or n_keys > size // 12:
-        raise CalibrateError("the GGUF file is truncated or damaged: it claims more entries than it has bytes")
+    if max(n_tensors, n_keys) > min(size // 12, _MAX_ENTRIES):
+        raise CalibrateError("the GGUF file is truncated or damaged: it claims more entries than it can have")
     gguf = GgufFile(path, version, size, 0, 0, 0, DEFAULT_ALIGNMENT)
     for _ in range(n_keys):
         start = reader.at
