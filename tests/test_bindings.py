@@ -252,6 +252,11 @@ def test_calibration_in_a_file_of_its_own(calibrated: Path, tmp_path: Path) -> N
         load(plain, fasa_file=tmp_path / "none.gguf")
 
 
+def test_bad_mode_is_named_as_it_was_given(calibrated: Path) -> None:
+    with pytest.raises(fasa.FasaConfigError, match="fasa_mode.* not 'C'"):
+        load(calibrated, fasa_mode="C")
+
+
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         load(tmp_path / "no.gguf", fasa=True)

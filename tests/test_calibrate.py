@@ -169,6 +169,17 @@ def test_quality_is_that_of_the_oracle(rng):
     assert quality(head, fcs, Rules(400, 4, 8)).error < 1e-9 * size
 
 
+@pytest.mark.filterwarnings("error")
+def test_quality_where_no_mass_is_selected(rng):
+    """Sharp heads give most tokens a weight of 0 in float32."""
+    q, k = np.ones((4, 1, 2, 2)), rng.uniform(-0.1, 0.1, (4, 300, 2))
+    q[0], k[0], k[0, 100] = 100, 0, 100  # only token 100 has weight, and FC 3 does not see it
+    head = group(q, k, [299])
+    got = quality(head, [3], RULES)
+    assert got.relative_error == 1 and got.mean_recall[0] == 0
+    assert CHOOSE["error"](head, 1, RULES, rng) == [0]
+
+
 def test_rank_equals_the_oracle(rng):
     scores = 4 * rng.standard_normal((3, 2, 77)).astype(np.float32)
     expected = [oracle_rank(s.astype(np.float64), np.zeros(77)) for s in scores]
@@ -371,6 +382,12 @@ def test_target_kld_stores_the_smallest_budget_that_meets_it(tmp_path, capsys):
     assert "both name a budget" in capsys.readouterr().err
 
 
+def test_target_kld_without_a_place_for_temporary_files(tmp_path, capsys, monkeypatch):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=2))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert "TMPDIR" in fails(capsys, model, "--target-kld", "100")
+
+
 def test_params_are_those_of_the_header():
     root = Path(__file__).resolve().parent.parent
     header = (root / "ggml_fasa" / "include" / "llama-fasa.h").read_text()
@@ -419,6 +436,13 @@ def test_a_model_that_llama_cpp_refuses(tmp_path, capsys):
     assert "cannot load" in fails(capsys, model)
 
 
+@pytest.mark.parametrize("value", [np.nan, 1e6])  # K in f16 holds 65504 at most
+def test_a_model_whose_k_is_not_finite(tmp_path, capsys, value):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", "qwen2")
+    next(t for t in gguf.GGUFReader(model, "r+").tensors if t.name == "blk.1.attn_k.bias").data[0] = value
+    assert "layer 1 has q, K or V that are not finite" in fails(capsys, model)
+
+
 def test_a_second_run_in_the_same_process_gives_the_same_file(tmp_path):
     first, second = (write_tiny_gguf(tmp_path / f"{n}.gguf") for n in "ab")
     assert run(first) == 0 and run(second) == 0
@@ -428,6 +452,8 @@ def test_a_second_run_in_the_same_process_gives_the_same_file(tmp_path):
 def test_every_option_has_help():
     for action in build_parser()._actions:
         assert action.help, action
+        if action.dest == "criterion":
+            assert all(f" {criterion}, " in action.help for criterion in CHOOSE)
 
 
 def test_the_builtin_text_is_long_enough():

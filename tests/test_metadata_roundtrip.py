@@ -6,15 +6,17 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import gguf
 import numpy as np
 import pytest
 
-from fasa_calibrate import write
+from fasa_calibrate import cli, write
 from fasa_calibrate.cli import main
 from fasa_calibrate.errors import CalibrateError
 from fasa_calibrate.gguf_file import read_gguf
@@ -22,7 +24,7 @@ from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
 from fasa_calibrate.native import load_llama_cpp
 from fasa_calibrate.observe import Model
 from fasa_calibrate.show import main as inspect
-from support.gguf_keys import split_in_parts
+from support.gguf_keys import F32, array, scalar, split_in_parts, with_keys
 from support.tiny_gguf import Shape, write_tiny_gguf
 
 TEXT = "The keeper rang the bell for four hours, and 59 teeth were enough for the clock. " * 10
@@ -222,7 +224,9 @@ def test_where_a_sidecar_may_be_written(model, tmp_path, capsys):
     out = tmp_path / "else.gguf"
     assert calibrate(model, "--sidecar", "-o", str(out)) == 0
     assert calibrate(model, "--sidecar", "-o", str(out)) == 0, "a sidecar may be replaced"
-    before = model.read_bytes()
+    before, sidecar = model.read_bytes(), out.read_bytes()
+    assert calibrate(model, "-o", str(out)) == 1, "but not by a copy of the model"
+    assert "--force replaces it" in capsys.readouterr().err and out.read_bytes() == sidecar
     assert calibrate(model, "--sidecar", "-o", str(model)) == 1
     assert "another name than the model" in capsys.readouterr().err
     other = tmp_path / "other.gguf"
@@ -276,6 +280,99 @@ def test_inspect(model, tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_inspect_refuses_the_sidecar_of_another_model(model, capsys):
+    assert calibrate(model, "--sidecar") == 0
+    write_tiny_gguf(model, "qwen2", seed=1)
+    assert inspect([str(model)]) == 1
+    assert "made for other weights" in capsys.readouterr().err
+    assert inspect([str(model.with_suffix(".fasa.gguf"))]) == 0
+
+
+def with_changed(model, path, **changes):
+    """A copy of an uncalibrated model with the keys of a calibration, some of them changed."""
+    assert calibrate(model, "--sidecar", "-o", str(path)) == 0
+    keys = {"fasa." + name: field.contents() for name, field in fasa_fields(path).items()}
+    keys = {name: array(F32, v) if isinstance(v, list) and type(v[0]) is float else v for name, v in keys.items()}
+    return with_keys(model, path, {**keys, **changes})
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("version", 2),
+        ("version", "1"),
+        ("n_tip", []),
+        ("n_tip", [-1] * 4),
+        ("n_tip", "8888"),
+        ("n_rot", [-32] * 4),
+        ("n_rot", [2**31 - 1] * 4),
+        ("n_rot", "\x20!!!"),
+        ("n_head_kv", [2] * 3),
+        ("n_head_kv", [2**31 - 1] * 4),
+        ("fc", "0" * 64),
+        ("fc", [16] * 64),
+        ("fc", [-17] * 64),
+        ("fc", [0] * 63),
+        ("fc", array(F32, [0.5] * 64)),
+        ("calibration.error", array(F32, [float("nan")] * 4)),
+        ("calibration.error", array(F32, [0.5] * 3)),
+        ("calibration.recall", "0" * 20),
+        ("calibration.recall", array(F32, [0.5] * 19)),
+        ("calibration.recall_budget", "12345"),
+        ("calibration.recall_budget", array(F32, [0.5] * 5)),
+    ],
+)
+def test_inspect_refuses_what_is_damaged(model, tmp_path, capsys, name, value):
+    path = with_changed(model, tmp_path / "damaged.gguf", **{"fasa." + name: value})
+    for more in ([], ["--json"], ["--plot", str(tmp_path / "map.png")]):
+        assert inspect([str(path), *more]) == 1
+        message = capsys.readouterr().err
+        assert "run fasa-calibrate again" in message and message.count("\n") == 1
+    assert not (tmp_path / "map.png").exists()
+
+
+def test_inspect_prints_no_control_characters(model, tmp_path, capsys):
+    strange = {"fasa.calibration.text": "\x1b]0;title\a", "fasa.\x1b[2J": 1, "fasa.note": scalar(F32, float("nan"))}
+    path = with_changed(model, tmp_path / "strange.gguf", **strange)
+    for more in ([], ["--json"]):
+        assert inspect([str(path), *more]) == 0
+        shown = capsys.readouterr().out
+        assert shown.isascii() and shown.replace("\n", "").isprintable() and "]0;title" in shown
+    assert "NaN" not in shown  # which is not JSON
+
+
+def test_inspect_into_a_pipe_that_nobody_reads(model):
+    assert calibrate(model) == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from fasa_calibrate.show import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, str(model)], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not take such names")
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_that_are_not_utf_8(model, tmp_path, encoding):
+    folder = os.fsencode(tmp_path) + b"/na\xefve \xe2\x82\xac"
+    os.mkdir(folder)
+    named, text = folder + b"/m\xf6del.gguf", folder + b"/t\xe9xt"
+    model.rename(os.fsdecode(named))
+    with open(text, "w") as file:
+        file.write(TEXT)
+    out = folder + b"/s\xefde.gguf"
+    more = ["--text", text, "--budget", "96", "--criterion", "random", "--n-ctx", "300", "--sidecar", "-o", out]
+    commands = [
+        [sys.executable, "-m", "fasa_calibrate", named, *more],
+        [sys.executable, "-c", "import sys; from fasa_calibrate.show import main; sys.exit(main())", out],
+    ]
+    for command in commands:
+        env = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=env, capture_output=True, check=False)
+        assert done.returncode == 0 and rb"s\udcefde.gguf" in done.stdout, done.stderr
+    assert fasa_fields(os.fsdecode(out))["calibration.text"].contents() == "t\ufffdxt"
+
+
 # --- where it is written ---
 
 
@@ -300,10 +397,18 @@ def test_links_and_mode_survive(model, tmp_path):
     assert model.stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("output", ["missing/out.gguf", "models"])
+@pytest.mark.parametrize("output", ["missing/out.gguf", "models", "fifo"])
 def test_impossible_outputs(model, tmp_path, capsys, output):
-    assert calibrate(model, "-o", str(tmp_path / output)) == 1
+    os.mkfifo(tmp_path / "fifo")
+    assert calibrate(model, "-o", str(tmp_path / output), "--force") == 1
     assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "fifo").is_fifo()  # as /dev/null, which a rename would replace
+
+
+def test_an_empty_output_is_not_the_model(model, capsys):
+    before = model.read_bytes()
+    assert calibrate(model, "-o", "") == 1
+    assert "'' is not a file" in capsys.readouterr().err and model.read_bytes() == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -343,7 +448,7 @@ def test_a_write_that_fails_midway(model):
 
 REWRITE = """
 import sys
-from fasa_calibrate import write
+from fasa_calibrate import cli, write
 from fasa_calibrate.gguf_file import read_gguf
 from fasa_calibrate.show import main as inspect
 from fasa_calibrate.metadata import U32
@@ -403,6 +508,32 @@ def test_a_file_in_use_by_another_run_is_not_removed(model):
     assert not leftovers(model.parent)
 
 
+@pytest.mark.parametrize("options", [[], ["-o", "out.gguf"], ["--sidecar"]], ids=str)
+@pytest.mark.parametrize("other", ["calibrates", "removes"])
+def test_a_model_that_changes_meanwhile_is_left_alone(model, monkeypatch, capsys, options, other):
+    """Where its keys and tensors were says nothing about where they are now."""
+    monkeypatch.chdir(model.parent)
+    during, before = cli.calibrate, model.read_bytes()
+
+    def calibrate_slowly(*args, **kwargs):
+        monkeypatch.setattr(cli, "calibrate", during)
+        result = during(*args, **kwargs)
+        if other == "calibrates":
+            assert calibrate(model, "--n-tip", "3") == 0
+        else:
+            model.unlink()
+        return result
+
+    monkeypatch.setattr(cli, "calibrate", calibrate_slowly)
+    assert calibrate(model, *options) == 1
+    message = capsys.readouterr().err
+    assert ("another program changed" if model.exists() else "No such file") in message and message.count("\n") == 1
+    if model.exists():
+        assert fasa_fields(model)["n_tip"].contents() == [3] * 4
+        assert main([str(model), "--remove", "--quiet"]) == 0 and model.read_bytes() == before
+    assert [path for path in model.parent.iterdir() if path != model] == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_no_debris(model, number):
     before = contents(model)
@@ -413,6 +544,29 @@ def test_a_signal_leaves_no_debris(model, number):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert leftovers(model.parent) == [] and contents(model) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_ignored_signal_stays_ignored(model, number):
+    """As by nohup, or by a shell for what it runs in the background."""
+    code = """
+import os, signal, sys
+from fasa_calibrate import cli, observe
+number = int(sys.argv.pop(1))
+signal.signal(number, signal.SIG_IGN)
+evaluate = observe._Graph.take
+def at_every_node(*args):
+    os.kill(os.getpid(), number)
+    evaluate(*args)
+observe._Graph.take = at_every_node
+sys.exit(cli.main())
+"""
+    text = model.parent / "text.txt"
+    text.write_text(TEXT)
+    options = ["--text", str(text), "--budget", "96", "--criterion", "random", "--n-ctx", "300"]
+    command = [sys.executable, "-c", code, str(int(number)), str(model), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and fasa_fields(model), done.stderr
 
 
 # --- files that are not what they should be ---
@@ -475,6 +629,24 @@ def test_damaged_header(model, capsys, at, value, message):
 def test_damaged_key(model, capsys, key, value, message):
     entry = read_gguf(str(model)).keys[key]
     assert message in refused(capsys, patched(model, entry.value_at - 4, value))
+
+
+def test_long_tables_do_not_fill_the_memory(model, tmp_path, capsys):
+    """Python's objects take many times their bytes in the file; what is not needed is not decoded."""
+    n, long = 5 << 20, tmp_path / "long.gguf"
+    with_keys(model, long, {"test.long": (ARRAY, struct.pack("<IQ", 0, n) + bytes(n))})
+    before = long.read_bytes()
+    tracemalloc.start()
+    gguf_file = read_gguf(str(long))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * n and gguf_file.get("test.long") is None
+    assert main([str(long), "--remove", "--quiet"]) == 0 and long.read_bytes() == before
+
+    n = 1 << 20
+    keys = b"".join(b"\5\0\0\0\0\0\0\0%05x\0\0\0\0\0" % i for i in range(n))
+    long.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, n) + keys)
+    assert "more entries" in refused(capsys, long)
 
 
 def test_nested_arrays_end(tmp_path, capsys):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(TOOLS))
 import bench_decode  # noqa: E402
 import eval_quality  # noqa: E402
 import eval_tasks  # noqa: E402
+import machine  # noqa: E402
 import soak  # noqa: E402
 import upstream_tests  # noqa: E402
 
@@ -217,6 +218,20 @@ def test_bench_gpu_refuses(tmp_path):
     ]:
         done = subprocess.run(["bash", TOOLS / "bench_gpu.sh", *options], capture_output=True, text=True, check=False)
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_row_is_not_lost_with_its_file(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="cannot write .*No such file or directory"):
+        machine.emit({"kind": "long"}, tmp_path / "missing" / "rows.jsonl")
+    assert json.loads(capsys.readouterr().out) == {"kind": "long"}
+
+
+@pytest.mark.parametrize("missing", ["--model", "--text"])
+def test_eval_quality_refuses_files_that_are_not_there(tmp_path, missing):
+    files = {"--model": tmp_path / "here", "--text": tmp_path / "here", missing: tmp_path / "missing"}
+    (tmp_path / "here").touch()
+    done = run("eval_quality.py", *[word for pair in files.items() for word in pair])
+    assert done.returncode == 2 and done.stderr.endswith(f"there is no file {tmp_path / 'missing'}\n")
 
 
 def test_eval_quality(bin_dir, smollm2, tmp_path):

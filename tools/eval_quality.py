@@ -379,6 +379,9 @@ def main():
         return
     if not args.model or not args.text:
         parser.error("--model and --text are needed")
+    for path in [*args.model, args.text]:
+        if not os.path.isfile(path):
+            parser.error(f"there is no file {path}")
 
     chunks = args.chunks * len(args.model) if len(args.chunks) == 1 else args.chunks
     if len(chunks) != len(args.model):

@@ -92,13 +92,17 @@ def _describe(model):
 
 
 def emit(measured, out=None):
-    """Appends a row as a JSON line to the file out, or prints it."""
+    """Appends a row as a JSON line to the file out, or prints it, also if the file cannot be written."""
     line = json.dumps(measured)
-    if out:
+    if not out:
+        print(line, flush=True)
+        return
+    try:
         with open(out, "a") as file:
             file.write(line + "\n")
-    else:
-        print(line, flush=True)
+    except OSError as err:
+        print(line, flush=True)  # it may have taken hours
+        raise SystemExit(f"error: cannot write {out}: {err.strerror}; the row is printed instead") from None
 
 
 def find_tool(name, given=None):

@@ -63,7 +63,7 @@ class FasaParams:
             if c.index_type < 0:
                 raise FasaConfigError(f"index_type must be 'f16', 'q8' or 'q4', not {self.index_type!r}")
         if self.variant not in VARIANTS:
-            raise FasaConfigError(f"variant must be 'auto', 'c' or 'm', not {self.variant!r}")
+            raise FasaConfigError(f"variant (fasa_mode) must be 'auto', 'c' or 'm', not {self.variant!r}")
         c.variant = VARIANTS.index(self.variant)
         return c
 

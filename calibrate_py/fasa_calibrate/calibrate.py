@@ -119,6 +119,8 @@ def worst_layers(errors, n_dense):
 def _choose_layer(attention, positions, options, pool):
     if attention.n_rot % 2 or not 2 <= attention.n_rot <= attention.k.shape[-1]:
         raise CalibrateError(f"layer {attention.layer} rotates {attention.n_rot} dims, which is not supported")
+    if not all(np.isfinite(x).all() for x in (attention.q, attention.k, attention.v)):
+        raise CalibrateError(f"layer {attention.layer} has q, K or V that are not finite numbers in f16")
     n_head_kv = len(attention.k)
     n_group = attention.q.shape[1] // n_head_kv
     n_tip = min(index_of(options, attention.k.shape[-1])[0], attention.n_rot // 2)

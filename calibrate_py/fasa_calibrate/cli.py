@@ -20,7 +20,7 @@ from .calibrate import (
     sha256_text,
 )
 from .criteria import CRITERIA, Rules
-from .errors import CalibrateError
+from .errors import CalibrateError, escape_what_it_cannot_encode
 from .gguf_file import read_gguf, read_parts
 from .measure import HELD_OUT, smallest_budget
 from .metadata import INDEX_TYPES, PREFIX, fasa_keys, fingerprint, sidecar_of
@@ -59,7 +59,8 @@ def build_parser():
     add("--remove", action="store_true", help="remove the fasa.* keys instead of writing them")
     add("--text", metavar="FILE", help="calibration text, UTF-8 (default: a built-in one)")
     add("--criterion", choices=CRITERIA, default=options.criterion,
-        help="how FCs are chosen: mass, the attention they capture together under the rules of run time; ca, the"
+        help="how FCs are chosen: mass, the attention they capture together under the rules of run time; overlap, the"
+        " tokens they find of those that full scores would select; error, how little they change the output; ca, the"
         " paper's contextual agreement; random, a control (default: %(default)s)")
     add("--n-tip", type=integer(1, 4096), metavar="N", default=options.n_tip,
         help=f"FCs per head (default: {TIP_SHARE} of the head size, {LARGE_TIP_SHARE} from {LARGE_HEAD} on)")
@@ -109,6 +110,7 @@ def _n_cpu():
 def main(argv=None):
     """Returns the exit status: 0, 1 after an error, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    escape_what_it_cannot_encode(sys.stdout)
     try:
         with termination_as_exception():
             _run(args)
@@ -152,9 +154,11 @@ def _run(args):
 
 
 def _target(args):
-    target = args.output or (sidecar_of(args.model) if args.sidecar else args.model)
-    if os.path.isdir(target):
-        raise CalibrateError(f"'{target}' is a directory")
+    target = args.output
+    if target is None:  # "" is not: a shell makes it of a variable that is not set
+        target = sidecar_of(args.model) if args.sidecar else args.model
+    if os.path.exists(os.path.realpath(target)) and not os.path.isfile(target):
+        raise CalibrateError(f"'{target}' is not a file but a directory or a device")
     folder = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(folder):
         raise CalibrateError(f"there is no directory '{folder}'")
@@ -163,7 +167,7 @@ def _target(args):
     is_model = os.path.realpath(target) == os.path.realpath(args.model)
     if is_model and args.sidecar:
         raise CalibrateError("the sidecar needs another name than the model")
-    if os.path.exists(target) and not (args.force or is_model or _is_sidecar(target)):
+    if os.path.exists(target) and not (args.force or is_model or args.sidecar and _is_sidecar(target)):
         raise CalibrateError(f"'{target}' exists; --force replaces it")
     return target
 
@@ -192,7 +196,7 @@ def _read_text(path):
         return text, f"built-in {__version__}"
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return file.read(), os.path.basename(path)
+            return file.read(), os.fsencode(os.path.basename(path)).decode("utf-8", "replace")  # GGUF holds UTF-8
     except OSError as err:
         raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
     except UnicodeDecodeError:

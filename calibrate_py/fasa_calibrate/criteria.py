@@ -117,7 +117,8 @@ def sparse_output(group, weights, kept):
     """Attention over the kept tokens only, from the dense weights [R, t]: [R, DV]."""
     some = np.zeros_like(weights)
     some[:, kept] = weights[:, kept]
-    return group.output(some * (weights.sum(axis=-1, keepdims=True) / some.sum(axis=-1, keepdims=True)))
+    total = np.maximum(some.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)  # not 0, as far below the largest
+    return group.output(some * (weights.sum(axis=-1, keepdims=True) / total))
 
 
 @dataclass

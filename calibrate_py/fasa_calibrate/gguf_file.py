@@ -19,6 +19,9 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _MAX_DIMS = 4
 _MAX_NAME = 65535
 _MAX_ARRAY_DEPTH = 4
+# As objects of Python entries and numbers take many times the bytes that they have in the file.
+_MAX_ENTRIES = 1 << 18
+_MAX_DECODED = 1 << 22
 
 
 def shown(name):
@@ -58,10 +61,28 @@ class GgufFile:
     keys: dict = field(default_factory=dict)
     tensors: list = field(default_factory=list)
     values: dict = field(default_factory=dict)
+    stamp: tuple = ()  # see _stamp
 
     def get(self, name, default=None):
-        """The value of a key: a scalar, a str, or a list of scalars. Arrays of strings or arrays are not decoded."""
+        """The value of a key: a scalar, a str, or a list of scalars. Other arrays, and very long ones, are not decoded."""
         return self.values.get(name, default)
+
+    def open(self):
+        """The file, open for reading, as long as it is the one that was parsed: offsets mean nothing in another."""
+        try:
+            file = open(self.path, "rb")
+        except OSError as err:
+            raise CalibrateError(f"cannot read '{self.path}': {err.strerror}") from err
+        if _stamp(file) != self.stamp:
+            file.close()
+            raise CalibrateError(f"another program changed '{self.path}' meanwhile: nothing was written, try again")
+        return file
+
+
+def _stamp(file):
+    """What changes when an open file is written to or another one takes its name."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class _Reader:
@@ -106,6 +127,8 @@ class _Reader:
         item, count = self.unpack("<I"), self.unpack("<Q")
         if item in _SCALARS:
             data = self.take(count * struct.calcsize(_SCALARS[item]))
+            if count > _MAX_DECODED:
+                return None
             return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", data))
         if count > (self.size - self.at) // 8:
             raise CalibrateError("the GGUF file is truncated or damaged")
@@ -143,7 +166,9 @@ def read_gguf(path):
             if file.read(4) != MAGIC:
                 raise not_gguf
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data, size)
+                gguf = _parse(path, data, size)
+            gguf.stamp = _stamp(file)
+            return gguf
     except OSError as err:
         raise CalibrateError(f"cannot read '{path}': {err.strerror}") from err
 
@@ -171,8 +196,8 @@ def _parse(path, data, size):
         raise CalibrateError(f"GGUF version {version} is not supported")
     n_tensors, n_keys = reader.unpack("<Q"), reader.unpack("<Q")
     # the smallest entry of either table takes more than 12 bytes
-    if n_tensors > size // 12 or n_keys > size // 12:
-        raise CalibrateError("the GGUF file is truncated or damaged: it claims more entries than it has bytes")
+    if max(n_tensors, n_keys) > min(size // 12, _MAX_ENTRIES):
+        raise CalibrateError("the GGUF file is truncated or damaged: it claims more entries than it can have")
     gguf = GgufFile(path, version, size, 0, 0, 0, DEFAULT_ALIGNMENT)
     for _ in range(n_keys):
         start = reader.at

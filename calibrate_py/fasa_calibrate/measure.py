@@ -19,7 +19,11 @@ def smallest_budget(llama_cpp, path, keys, text, options, target, n_threads, n_g
 
     Measured at positions spread over the held-out end of the text, each predicted from all tokens before it.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as err:
+        raise CalibrateError(f"cannot make a temporary folder, for which TMPDIR names a place: {err.strerror}") from err
+    with temporary as folder:
         sidecar = os.path.join(folder, "keys.gguf")
         write_sidecar(sidecar, keys, path)
         with Model(llama_cpp, path, n_gpu_layers, verbose, sidecar) as model:

@@ -99,7 +99,7 @@ def fingerprint(parts):
     weights = [(tensor.name.encode(), part, tensor) for part in parts for tensor in part.tensors]
     data = bytearray()
     with contextlib.ExitStack() as stack:
-        files = {id(part): stack.enter_context(open(part.path, "rb")) for part in parts}
+        files = {id(part): stack.enter_context(part.open()) for part in parts}
         for name, part, tensor in sorted(weights, key=lambda w: w[0]):
             if not _QK_WEIGHT.match(tensor.name):
                 continue

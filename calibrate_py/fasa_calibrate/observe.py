@@ -59,7 +59,7 @@ class Model:
             params.progress_callback = llama_cpp.llama_progress_callback(self._guard(lambda done, data: None))
             with self._native_call():
                 llama_cpp.llama_backend_init()
-                self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+                self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
                 if self._model:
                     undo.callback(llama_cpp.llama_model_free, self._model)
             if not self._model:
@@ -96,8 +96,9 @@ class Model:
             arrived.append(number)
             self._interrupt = self._interrupt or KeyboardInterrupt()
 
-        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        old = {number: signal.signal(number, note) for number in numbers}
+        main_thread = threading.current_thread() is threading.main_thread()
+        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if main_thread and signal.getsignal(n) != signal.SIG_IGN]
+        old = {number: signal.signal(number, note) for number in heeded}
         try:
             yield
         finally:

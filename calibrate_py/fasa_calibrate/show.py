@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import operator
 import os
 import sys
 
 import numpy as np
 
 from . import __version__
-from .errors import CalibrateError
-from .gguf_file import read_gguf
-from .metadata import PREFIX, sidecar_of
+from .errors import CalibrateError, escape_what_it_cannot_encode
+from .gguf_file import read_gguf, read_parts
+from .metadata import PREFIX, VERSION, fingerprint, sidecar_of
+
+_MOST = 1 << 13  # more heads, and more dims of one, than any model has: what is untrusted must not fill the memory
+_MAX_F32 = float(np.finfo(np.float32).max)
 
 
 def read_calibration(path):
@@ -21,34 +25,50 @@ def read_calibration(path):
         gguf = read_gguf(candidate)
         keys = {name[len(PREFIX) :]: value for name, value in gguf.values.items() if name.startswith(PREFIX)}
         if "version" in keys:
+            if keys["version"] != VERSION:
+                raise CalibrateError(f"the calibration is not of version {VERSION}; run fasa-calibrate again")
+            if candidate != path and keys.get("fingerprint") != fingerprint(read_parts(path)):
+                raise CalibrateError(f"'{candidate}' was made for other weights; run fasa-calibrate again")
             return candidate, keys
     raise CalibrateError(f"'{path}' carries no calibration; run fasa-calibrate on it")
 
 
+def _numbers(keys, name, kind, low, high, n=None):
+    """A stored array: n numbers (None: any count) of a kind, int or float, from low to high."""
+    values = keys.get(name)
+    whole = isinstance(values, list) and n in (None, len(values))
+    if not whole or not all(type(value) is kind and low <= value <= high for value in values):
+        raise CalibrateError(f"{PREFIX}{name} is missing or damaged; run fasa-calibrate again")
+    return values
+
+
 def layers_of(keys):
     """One dict per layer: what is stored of it; fc is a list per KV head."""
-    try:
-        n_tip, n_rot, n_head_kv = keys["n_tip"], keys["n_rot"], keys["n_head_kv"]
-        fcs = iter(keys["fc"])
-        layers = [
-            {
-                "layer": il,
-                "n_head_kv": n_head_kv[il],
-                "n_rot": n_rot[il],
-                "n_tip": n,
-                "fc": [[next(fcs) for _ in range(n)] for _ in range(n_head_kv[il])] if n else [],
-            }
-            for il, n in enumerate(n_tip)
-        ]
-        budgets = keys.get("calibration.recall_budget", [])
+    n_tip = _numbers(keys, "n_tip", int, 0, _MOST)
+    if not any(n_tip):
+        raise CalibrateError("the calibration leaves every layer dense; run fasa-calibrate again")
+    n_rot = _numbers(keys, "n_rot", int, 0, _MOST, len(n_tip))
+    n_head_kv = _numbers(keys, "n_head_kv", int, 0, _MOST, len(n_tip))
+    fcs = iter(_numbers(keys, "fc", int, 0, max(n_rot) // 2 - 1, sum(map(operator.mul, n_head_kv, n_tip))))
+    layers = [
+        {
+            "layer": il,
+            "n_head_kv": n_head_kv[il],
+            "n_rot": n_rot[il],
+            "n_tip": n,
+            "fc": [[next(fcs) for _ in range(n)] for _ in range(n_head_kv[il])] if n else [],
+        }
+        for il, n in enumerate(n_tip)
+    ]
+    if "calibration.error" in keys:
+        budgets = _numbers(keys, "calibration.recall_budget", int, 1, 1 << 24)
+        errors = _numbers(keys, "calibration.error", float, -1, _MAX_F32, len(layers))
+        recall = _numbers(keys, "calibration.recall", float, -1, _MAX_F32, len(layers) * len(budgets))
         for il, layer in enumerate(layers):
-            error = keys.get("calibration.error")
-            if error is not None and error[il] >= 0:
-                recall = keys["calibration.recall"][il * len(budgets) : (il + 1) * len(budgets)]
-                layer["error"], layer["recall"] = error[il], dict(zip(map(str, budgets), recall))
-        return layers
-    except (KeyError, IndexError, TypeError, RuntimeError, StopIteration):
-        raise CalibrateError("the calibration is incomplete; run fasa-calibrate again") from None
+            if errors[il] >= 0:
+                of_layer = recall[il * len(budgets) : (il + 1) * len(budgets)]
+                layer["error"], layer["recall"] = errors[il], dict(zip(map(str, budgets), of_layer))
+    return layers
 
 
 def summary(layers):
@@ -56,6 +76,16 @@ def summary(layers):
     used = sorted({fc for layer in layers for head in layer["fc"] for fc in head})
     runs = np.split(used, np.flatnonzero(np.diff(used) != 1) + 1) if used else []
     return " ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _general(keys):
+    """What is stored of no single layer."""
+    return {name: value for name, value in keys.items() if isinstance(value, (int, str))}
+
+
+def _printable(text):
+    """Escaped where a terminal could take it for a command."""
+    return text if text.isprintable() else ascii(text)
 
 
 def table(path, keys, layers):
@@ -68,9 +98,8 @@ def table(path, keys, layers):
             f"  {'' if recall is None else format(recall, '.4f'):6}  {summary([layer])}"
         )
     general = [f"{path}"]
-    for name in sorted(keys):
-        if not isinstance(keys[name], list):
-            general.append(f"  {name:28} {keys[name]}")
+    for name, value in sorted(_general(keys).items()):
+        general.append(f"  {_printable(name):28} {_printable(str(value))}")
     notes = [
         "error: squared difference of attention's output from dense, relative, on the calibration text",
         "recall: share of dense attention on the selected tokens, at the calibration's budget",
@@ -127,17 +156,21 @@ def main(argv=None):
     add("--plot", metavar="OUT.png", help="draw which FCs each KV head uses, and recall by budget (needs matplotlib)")
     add("--version", action="version", version=f"fasa-inspect {__version__}")
     args = parser.parse_args(argv)
+    escape_what_it_cannot_encode(sys.stdout)
     try:
         path, keys = read_calibration(args.file)
         layers = layers_of(keys)
         if args.json:
-            general = {name: value for name, value in keys.items() if not isinstance(value, list)}
-            print(json.dumps({"file": path, **general, "layers": layers}, indent=1))
+            text = json.dumps({"file": path, **_general(keys), "layers": layers}, indent=1)
         else:
-            print(table(path, keys, layers))
+            text = table(path, keys, layers)
+        print(text, flush=True)
         if args.plot:
             plot(args.plot, os.path.basename(path), layers)
     except CalibrateError as err:
         print(f"fasa-inspect: error: {err}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # as of `fasa-inspect model.gguf | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         return 1
     return 0

@@ -34,7 +34,7 @@ def write_keys(gguf, target, keys, progress=None):
     padding = -n_head % gguf.alignment
     with _errors_of(target):
         _check_space(target, n_head + padding + gguf.size - gguf.data_start)
-        with open(gguf.path, "rb") as source, _replacement(target, gguf.path) as out:
+        with gguf.open() as source, _replacement(target, gguf.path) as out:
             out.write(header)
             for key in kept:
                 _copy(source, out, key.start, key.end)
@@ -138,12 +138,14 @@ def _remove_stale(prefix):
 
 @contextlib.contextmanager
 def termination_as_exception():
-    """Lets SIGTERM unwind the stack as SIGINT does, so that temporary files go."""
+    """Lets SIGTERM, unless it is ignored, unwind the stack as SIGINT does, so that temporary files go."""
 
     def stop(number, frame):
         raise SystemExit(128 + number)
 
-    old = signal.signal(signal.SIGTERM, stop)
+    old = signal.getsignal(signal.SIGTERM)
+    if old != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
