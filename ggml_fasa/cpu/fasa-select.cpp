@@ -77,7 +77,7 @@ static float select_bound(const float * scores, int64_t n_kv, int64_t budget) {
 }
 
 // Finds the smallest selected score, and how many cells with exactly that score fit, from the keys of the n cells that can
-// be among the best, of which there are more than budget. Overwrites keys.
+// be among the best, of which there are at least budget. Overwrites keys.
 static void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float * threshold, int64_t * n_equal) {
     uint32_t key  = 0;      // digits of the threshold found so far
     int64_t  need = budget; // cells still to place among those that begin with them
@@ -148,7 +148,7 @@ int64_t ggml_fasa_cpu_select(
         fasa::for_each_ge(scores, n_kv, fasa::select_bound(scores, n_kv, budget), [&](int64_t, float score) {
             scratch[n++] = fasa::key_of(score);
         });
-        if (n > budget) {
+        if (n >= budget) {
             fasa::select_threshold(scratch, n, budget, &threshold, &n_equal);
         }
     }
