@@ -8,6 +8,8 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include "ggml-cpu.h"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -409,6 +411,11 @@ void llama_fasa_index_cache::rebuild(
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     if (auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
         set_n_threads(backend, lctx.n_threads());
+    }
+    // the pool that the last step left there, of a batch perhaps, may have fewer; every step sets its own
+    if (auto set_threadpool = (decltype(ggml_backend_cpu_set_threadpool) *) ggml_backend_reg_get_proc_address(
+                reg, "ggml_backend_cpu_set_threadpool")) {
+        set_threadpool(backend, nullptr);
     }
     if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("FASA: failed to rebuild the index cache");
