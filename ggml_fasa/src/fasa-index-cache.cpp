@@ -82,7 +82,9 @@ int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
 ggml_backend_t llama_fasa_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
         ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
-        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
+        // what helps the CPU (BLAS) uses its memory, too, but runs few ops
+        const bool helps = ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_ACCEL;
+        if (!helps && ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
             return backend;
         }
     }
