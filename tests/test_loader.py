@@ -193,6 +193,15 @@ def test_rope_of_the_other_kind(tmp_path):
         assert status == -1 and "fasa.rope_type is norm, but the model has neox" in error
 
 
+def test_fcs_of_a_layer_without_heads(tmp_path):
+    """A hybrid model's other layers have no KV heads, and so no FCs, however many dims are said to be rotated."""
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", "lfm2", Shape(n_layer=2))
+    for n_tip, expected in ([0, 2], (1, "")), ([1, 2], (-1, "FASA metadata: fasa.n_tip is 1 in layer 0, outside [0, 0]")):
+        keys = gguf_keys.fasa_keys(2, [0, 2], SHAPE.head_size, n_tip, [np.array([[0, 1]] * 2)], "neox")
+        with Model(with_keys(plain, tmp_path / f"{n_tip[0]}.gguf", keys)) as model:
+            assert model.calibrated() == expected
+
+
 @pytest.mark.parametrize(
     "in_file, params",
     [
