@@ -153,6 +153,22 @@ def test_rebuild_after_a_batch_of_fewer_threads(fasa, text):
             lib.ggml_threadpool_free(pool)
 
 
+def test_rebuild_of_many_layers(tmp_path, text):
+    """As many as llama.cpp has at most."""
+    n = 512
+    shape = Shape(n_layer=n, n_head=1, n_head_kv=1, head_size=32, n_embd=32, n_ff=32)
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", "llama", shape)
+    fcs = gguf_keys.random_fcs(np.random.default_rng(3), 1, 32, [2] * n)
+    center = gguf_keys.array(gguf_keys.F32, [0.5] * 4 * n)
+    keys = gguf_keys.fasa_keys(n, 1, 32, [2] * n, fcs, "norm", center=center)
+    with Model(gguf_keys.with_keys(plain, tmp_path / "model.gguf", keys)) as model:
+        with fasa_params(ON, BUDGET, N_SINK, N_RECENT), model.context(n_ctx=512) as ctx:
+            for _ in range(6):
+                ctx.decode(text(50))
+            steps(ctx, text(1))
+            assert ctx.stats().n_index_rebuild == 1
+
+
 @pytest.mark.parametrize("n_ubatch, n_prefill, n_rebuild", [(32, 8, 1), (256, 1, 0)])
 def test_budget_crossed_within_a_batch(fasa, text, n_ubatch, n_prefill, n_rebuild):
     """The last rows of a prompt are a sparse step of their own, right behind steps that, being small, wrote no index."""

@@ -396,11 +396,14 @@ void llama_fasa_index_cache::rebuild() {
 
 void llama_fasa_index_cache::rebuild(
         ggml_backend_t backend, const std::vector<const layer *> & of, const std::vector<int64_t> & ids) const {
-    ggml_init_params params = { (of.size() + 1)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+    const size_t n_tensors = 6*(of.size() + 1); // a write and its sources
+    ggml_init_params params = {
+        (of.size() + 1)*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, /*.no_alloc =*/ true,
+    };
     ggml_context_ptr ctx(ggml_init(params));
 
     ggml_tensor * cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, ids.size());
-    ggml_cgraph * gf    = ggml_new_graph(ctx.get());
+    ggml_cgraph * gf    = ggml_new_graph_custom(ctx.get(), n_tensors, false);
     for (const layer * l : of) {
         ggml_build_forward_expand(gf, index_write(ctx.get(), *l, l->k, cells));
     }
