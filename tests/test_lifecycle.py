@@ -132,6 +132,43 @@ def test_no_index_within_the_budget(fasa, text):
     assert ctx.stats().n_index_rebuild == 1 and count() > before
 
 
+def test_rebuild_after_a_batch_of_fewer_threads(fasa, text):
+    """A rebuild has the threads of a step; the pool of the batch before, which the backend still holds, has but one."""
+    ffi, lib = native.ggml()
+    params = [lib.ggml_threadpool_params_default(n) for n in (4, 1)]
+    pools = [lib.ggml_threadpool_new(ffi.new("struct ggml_threadpool_params *", of)) for of in params]
+    try:
+        prompt = text(300)
+        with fasa() as ctx:
+            llama().llama_set_n_threads(ctx.handle, 4, 1)
+            attach = ctypes.CDLL(str(native.lib_dir() / "libllama.so")).llama_attach_threadpool
+            addresses = (ctypes.c_void_p(int(ffi.cast("intptr_t", pool))) for pool in pools)
+            attach(ctypes.cast(ctx.handle, ctypes.c_void_p), *addresses)
+            for at in range(0, 300, 50):
+                ctx.decode(prompt[at : at + 50])
+            assert ctx.stats().n_index_rebuild == 1
+            check(ctx, fasa(), prompt, text(STEPS))
+    finally:
+        for pool in pools:
+            lib.ggml_threadpool_free(pool)
+
+
+def test_rebuild_of_many_layers(tmp_path, text):
+    """As many as llama.cpp has at most."""
+    n = 512
+    shape = Shape(n_layer=n, n_head=1, n_head_kv=1, head_size=32, n_embd=32, n_ff=32)
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", "llama", shape)
+    fcs = gguf_keys.random_fcs(np.random.default_rng(3), 1, 32, [2] * n)
+    center = gguf_keys.array(gguf_keys.F32, [0.5] * 4 * n)
+    keys = gguf_keys.fasa_keys(n, 1, 32, [2] * n, fcs, "norm", center=center)
+    with Model(gguf_keys.with_keys(plain, tmp_path / "model.gguf", keys)) as model:
+        with fasa_params(ON, BUDGET, N_SINK, N_RECENT), model.context(n_ctx=512) as ctx:
+            for _ in range(6):
+                ctx.decode(text(50))
+            steps(ctx, text(1))
+            assert ctx.stats().n_index_rebuild == 1
+
+
 @pytest.mark.parametrize("n_ubatch, n_prefill, n_rebuild", [(32, 8, 1), (256, 1, 0)])
 def test_budget_crossed_within_a_batch(fasa, text, n_ubatch, n_prefill, n_rebuild):
     """The last rows of a prompt are a sparse step of their own, right behind steps that, being small, wrote no index."""

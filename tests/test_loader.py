@@ -193,6 +193,20 @@ def test_rope_of_the_other_kind(tmp_path):
         assert status == -1 and "fasa.rope_type is norm, but the model has neox" in error
 
 
+@pytest.mark.parametrize("arch", ["lfm2", "gemma3"])
+def test_fcs_of_a_layer_that_cannot_be_sparse(tmp_path, arch):
+    """Layers with an even number have no KV heads in lfm2, which is hybrid, and a window in gemma3, as has the next."""
+    shape = Shape(n_layer=6)
+    plain = write_tiny_gguf(tmp_path / "plain.gguf", arch, shape)
+    heads = [0, 2] * 3 if arch == "lfm2" else [2] * 6
+    for il, expected in (5, (1, "")), (2, (-1, "FASA metadata: fasa.n_tip is 2 in layer 2, outside [0, 0]")):
+        n_tip = [2 * (i == il) for i in range(6)]
+        fcs = [np.array([[0, 1]] * heads[il])]
+        keys = gguf_keys.fasa_keys(6, heads, shape.head_size, n_tip, fcs, "neox")
+        with Model(with_keys(plain, tmp_path / f"{il}.gguf", keys)) as model:
+            assert model.calibrated() == expected
+
+
 @pytest.mark.parametrize(
     "in_file, params",
     [

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -240,6 +241,16 @@ def test_number_of_threads(rng, n_row, n_head_kv, dense, index_type):
     (check_dense if dense else check)(one, case)
     for n_threads in (2, 3, 5):
         assert np.array_equal(run(case, n_threads, dense=dense), one), f"{n_threads} threads"
+
+
+def test_fewer_threads_than_asked_for():
+    """OpenMP may start fewer threads than a graph was planned for. Four have heads of their own; three would share rows."""
+    code = (
+        "import numpy as np, test_op as t; case = t.make_case(np.random.default_rng(0), 1, 16, 64, 16, 6000, 64);"
+        "t.check(t.run(case, n_threads=4), case); t.check_dense(t.run(case, n_threads=4, dense=True), case)"
+    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path, "OMP_THREAD_LIMIT": "3"})
 
 
 @REF

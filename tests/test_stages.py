@@ -344,6 +344,17 @@ def test_select_forced_cells_come_first_and_hidden_never(use_ref):
 
 
 @PATHS
+@pytest.mark.parametrize("best", [1.0, np.inf])
+def test_select_of_as_many_high_scores_as_the_budget(best, use_ref):
+    """Those next to each other, and the rest far below: what a bound on the budget-th score leaves is just the budget."""
+    for width in (1, 4, 8, 16):  # of a vector
+        scores = np.full((2, 64 // width, 4, width), 0.001, np.float32)
+        scores[0, :, 0] = best
+        expected = np.flatnonzero(scores == best)
+        assert np.array_equal(run_select(scores.reshape(-1), 64, use_ref), expected), f"width {width}"
+
+
+@PATHS
 def test_select_tells_zeros_and_tiny_scores_apart(rng, use_ref):
     """Softmax scores span many decades, down to denormals and zero."""
     scores = np.zeros(600, np.float32)

@@ -74,3 +74,45 @@ def test_a_flipped_byte_is_found(arch, index_type, type_k, at, cell):
     for off in ({}, {"LLAMA_FASA_VERIFY": "0"}):
         unnoticed = decode(arch, index_type, type_k, at, **off)
         assert unnoticed.returncode == 0 and "decoded" in unnoticed.stdout, unnoticed.stderr
+
+
+# What fails half way leaves K as it may be, but the index must be of it: a state that is cut off, and a shift that is aborted.
+HALF = """
+import ctypes, sys, tempfile
+import numpy as np
+from support.random_life import write_model, BUDGET, N_SINK, N_RECENT
+from support.runtime import ON, Model, fasa_params, llama
+
+api, rng, left = llama(), np.random.default_rng(1), None
+
+@api.ggml_abort_callback
+def abort(_):
+    global left
+    left = left and left - 1
+    return left == 1
+
+with tempfile.TemporaryDirectory() as folder, Model(write_model(folder, "llama")) as model:
+    with fasa_params(ON, BUDGET, N_SINK, N_RECENT):
+        ctx = model.context(abort_callback=abort)
+    ctx.decode(rng.integers(3, 250, 400))
+    if sys.argv[1] == "state":
+        part = (ctypes.c_uint8 * 4000).from_buffer_copy(ctx.save()[:4000])
+        assert api.llama_state_set_data(ctx.handle, part, len(part)) == 0
+        assert api.llama_memory_seq_pos_max(ctx.memory, 0) > 256
+    else:
+        api.llama_memory_seq_rm(ctx.memory, 0, 20, 30)
+        api.llama_memory_seq_add(ctx.memory, 0, 30, -1, -10)
+        left = 2
+    ctx.decode([5])
+    assert ctx.stats().n_step_sparse == 1 and not left
+    print("decoded")
+"""
+
+
+@pytest.mark.parametrize("what", ["state", "shift"])
+def test_what_fails_half_way(what):
+    done = subprocess.run(
+        [sys.executable, "-c", HALF, what], cwd=Path(__file__).parent,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1", "LLAMA_FASA_VERIFY": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "decoded" in done.stdout, done.stderr

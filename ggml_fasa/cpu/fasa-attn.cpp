@@ -368,7 +368,8 @@ void forward_attn(const ggml_compute_params * params, ggml_tensor * dst) {
 
     const auto run_row = op.dense ? dense_row : attn_row;
 
-    if (shares_rows(op, nth)) {
+    // fewer threads may run than were asked for, and those not share a row as planned
+    if (shares_rows(op, nth) && team_scratch(op, G, nth)*sizeof(float) <= params->wsize) {
         for (int64_t r = 0; r < op.n_row*op.n_stream; ++r) {
             run_row(op, r%op.n_row, r/op.n_row, 0, G, scratch, { ith, nth, params });
         }

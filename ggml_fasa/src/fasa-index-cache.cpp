@@ -8,6 +8,8 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include "ggml-cpu.h"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -80,7 +82,9 @@ int32_t llama_fasa_hadamard(const llama_kv_cache & kv) {
 ggml_backend_t llama_fasa_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
         ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
-        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
+        // what helps the CPU (BLAS) uses its memory, too, but runs few ops
+        const bool helps = ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_ACCEL;
+        if (!helps && ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
             return backend;
         }
     }
@@ -392,11 +396,14 @@ void llama_fasa_index_cache::rebuild() {
 
 void llama_fasa_index_cache::rebuild(
         ggml_backend_t backend, const std::vector<const layer *> & of, const std::vector<int64_t> & ids) const {
-    ggml_init_params params = { (of.size() + 1)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+    const size_t n_tensors = 6*(of.size() + 1); // a write and its sources
+    ggml_init_params params = {
+        (of.size() + 1)*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false), nullptr, /*.no_alloc =*/ true,
+    };
     ggml_context_ptr ctx(ggml_init(params));
 
     ggml_tensor * cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, ids.size());
-    ggml_cgraph * gf    = ggml_new_graph(ctx.get());
+    ggml_cgraph * gf    = ggml_new_graph_custom(ctx.get(), n_tensors, false);
     for (const layer * l : of) {
         ggml_build_forward_expand(gf, index_write(ctx.get(), *l, l->k, cells));
     }
@@ -409,6 +416,11 @@ void llama_fasa_index_cache::rebuild(
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     if (auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
         set_n_threads(backend, lctx.n_threads());
+    }
+    // the pool that the last step left there, of a batch perhaps, may have fewer; every step sets its own
+    if (auto set_threadpool = (decltype(ggml_backend_cpu_set_threadpool) *) ggml_backend_reg_get_proc_address(
+                reg, "ggml_backend_cpu_set_threadpool")) {
+        set_threadpool(backend, nullptr);
     }
     if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("FASA: failed to rebuild the index cache");

@@ -173,8 +173,12 @@ void llama_fasa_read(const gguf_context * gguf, const llama_hparams & hparams, l
     for (size_t il = 0; il < n_layer; ++il) {
         check_same("fasa.n_head_kv", il, n_head_kv[il], (int32_t) hparams.n_head_kv(il));
         check_same("fasa.n_rot",     il, n_rot[il],     (int32_t) hparams.n_rot(il));
-        if (n_tip[il] < 0 || n_tip[il] > n_rot[il]/2) {
-            throw bad_metadata(format("fasa.n_tip is %d in layer %zu, outside [0, %d]", n_tip[il], il, n_rot[il]/2));
+        // of a head: none where there is no head, or where the model claims that more is rotated than a head has
+        const bool indexed = n_head_kv[il] > 0 && n_rot[il] <= (int32_t) hparams.n_embd_head_k(il) &&
+            hparams.has_kv(il) && !hparams.is_swa(il);
+        const int32_t n_fc = indexed ? n_rot[il]/2 : 0;
+        if (n_tip[il] < 0 || n_tip[il] > n_fc) {
+            throw bad_metadata(format("fasa.n_tip is %d in layer %zu, outside [0, %d]", n_tip[il], il, n_fc));
         }
         md.layers[il].n_head_kv = n_head_kv[il];
         md.layers[il].n_rot     = n_rot[il];

@@ -42,6 +42,10 @@ void ggml_backend_free(void * backend);
 void ggml_backend_cpu_set_n_threads(void * backend, int n_threads);
 void ggml_backend_cpu_set_use_ref(void * backend, bool use_ref);
 int ggml_backend_graph_compute(void * backend, struct ggml_cgraph *);
+struct ggml_threadpool_params { bool cpumask[512]; int n_threads; int prio; uint32_t poll; bool strict_cpu; bool paused; };
+struct ggml_threadpool_params ggml_threadpool_params_default(int n_threads);
+void * ggml_threadpool_new(struct ggml_threadpool_params *);
+void ggml_threadpool_free(void * pool);
 """
 GGML_TYPES = {
     np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int32): 26, np.dtype(np.int64): 27,
