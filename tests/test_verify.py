@@ -76,7 +76,7 @@ def test_a_flipped_byte_is_found(arch, index_type, type_k, at, cell):
         assert unnoticed.returncode == 0 and "decoded" in unnoticed.stdout, unnoticed.stderr
 
 
-# What fails half way leaves K as it may be, but the index must be of it: a state that is cut off, and a shift that is aborted.
+# What fails half way leaves K as it may be, but the index must be of it: a state that is cut off, a shift that is aborted.
 HALF = """
 import ctypes, sys, tempfile
 import numpy as np

@@ -86,8 +86,8 @@ ggml_backend_buffer_type_t llama_fasa_kv_buft(ggml_backend_buffer_type_t buft, c
     const bool wanted = params.mode == LLAMA_FASA_MODE_ON ||
             (params.mode == LLAMA_FASA_MODE_AUTO && md && (params.budget > 0 || md->budget >= 0));
     const char * refusal = llama_fasa_arch_refusal(model.arch); // whatever the file carries, no index will be beside K
-    if (!wanted || !refusal || *refusal || params.variant == LLAMA_FASA_VARIANT_C || !md || !md->usable() || md->layer(il).n_tip == 0 ||
-            ggml_backend_buft_is_host(buft)) {
+    if (!wanted || !refusal || *refusal || params.variant == LLAMA_FASA_VARIANT_C || !md || !md->usable() ||
+            md->layer(il).n_tip == 0 || ggml_backend_buft_is_host(buft)) {
         return buft;
     }
 
