@@ -1,11 +1,13 @@
 """Stage metadata: what fasa-calibrate writes, and that it changes nothing else, whatever happens meanwhile."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import resource
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -444,6 +446,23 @@ def test_a_write_that_fails_midway(model):
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "no space left" in done.stderr and "Traceback" not in done.stderr
     assert model.read_bytes() == before and leftovers(model.parent) == []
+
+
+def test_file_systems_that_lack_something(model, monkeypatch, capsys):
+    """Locks, as Lustre and NFS often do, or a folder that can be opened and synced."""
+
+    def lacks(function, error, of_what):
+        def call(first, *args):
+            if of_what(first):
+                raise OSError(error, os.strerror(error))
+            return function(first, *args)
+
+        return call
+
+    monkeypatch.setattr(write.fcntl, "flock", lacks(write.fcntl.flock, errno.ENOSYS, lambda file: True))
+    monkeypatch.setattr(write.os, "fsync", lacks(os.fsync, errno.EINVAL, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode)))
+    assert calibrate(model) == 0, capsys.readouterr().err
+    assert fasa_fields(model) and leftovers(model.parent) == []
 
 
 REWRITE = """
