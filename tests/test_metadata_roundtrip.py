@@ -710,6 +710,19 @@ def test_no_tensors_and_big_endian(tmp_path, capsys):
         assert message in refused(capsys, path)
 
 
+def test_the_damaged_one_of_several_files_is_named(model, tmp_path, capsys):
+    assert calibrate(model, "--sidecar") == 0
+    sidecar = model.with_suffix(".fasa.gguf")
+    sidecar.write_bytes(sidecar.read_bytes()[:500])
+    assert inspect([str(model)]) == 1
+    assert f"truncated or damaged ('{sidecar}')" in capsys.readouterr().err
+    first = split_in_parts(model, tmp_path, "qwen2")
+    second = first.with_name(first.name.replace("00001-of", "00002-of"))
+    second.write_bytes(second.read_bytes()[:-100])
+    assert calibrate(first, "--sidecar") == 1
+    assert f"lies outside of it ('{second}')" in capsys.readouterr().err
+
+
 def test_random_damage_is_refused_or_harmless(model, tmp_path, rng):
     """No damage to header, keys or tensor table may end in another exception than ours."""
     data, end = model.read_bytes(), read_gguf(str(model)).infos_end

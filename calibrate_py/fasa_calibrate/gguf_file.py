@@ -64,7 +64,7 @@ class GgufFile:
     stamp: tuple = ()  # see _stamp
 
     def get(self, name, default=None):
-        """The value of a key: a scalar, a str, or a list of scalars. Other arrays, and very long ones, are not decoded."""
+        """The value of a key: a scalar, a str, or a list of scalars. Other and very long arrays are not decoded."""
         return self.values.get(name, default)
 
     def open(self):
@@ -166,7 +166,10 @@ def read_gguf(path):
             if file.read(4) != MAGIC:
                 raise not_gguf
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                gguf = _parse(path, data, size)
+                try:
+                    gguf = _parse(path, data, size)
+                except CalibrateError as err:  # one of several perhaps: a part, or a sidecar that nobody named
+                    raise CalibrateError(f"{err} ('{path}')") from None
             gguf.stamp = _stamp(file)
             return gguf
     except OSError as err:
