@@ -565,6 +565,18 @@ def test_a_signal_leaves_no_debris(model, number):
     assert leftovers(model.parent) == [] and contents(model) == before
 
 
+def test_an_interrupt_after_the_rename_promises_no_old_file(model, monkeypatch, capsys):
+    def replace(source, target, rename=os.replace):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    before = model.read_bytes()
+    monkeypatch.setattr(write.os, "replace", replace)
+    assert calibrate(model) == 130
+    assert model.read_bytes() != before and leftovers(model.parent) == []
+    assert capsys.readouterr().err == "fasa-calibrate: interrupted, nothing is half written\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_ignored_signal_stays_ignored(model, number):
     """As by nohup, or by a shell for what it runs in the background."""
