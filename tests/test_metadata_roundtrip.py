@@ -1,6 +1,7 @@
 """Stage metadata: what fasa-calibrate writes, and that it changes nothing else, whatever happens meanwhile."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -21,9 +22,9 @@ import pytest
 from fasa_calibrate import cli, write
 from fasa_calibrate.cli import main
 from fasa_calibrate.errors import CalibrateError
-from fasa_calibrate.gguf_file import read_gguf
+from fasa_calibrate.gguf_file import _tensor_bytes, read_gguf
 from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
-from fasa_calibrate.native import load_llama_cpp
+from fasa_calibrate.native import c_function, load_llama_cpp
 from fasa_calibrate.observe import Model
 from fasa_calibrate.show import main as inspect
 from support.gguf_keys import F32, array, scalar, split_in_parts, with_keys
@@ -204,6 +205,15 @@ def test_fingerprint_is_of_q_and_k_weights(model, tmp_path):
     assert change("blk.0.attn_v.weight") == original
     assert calibrate(model) == 0
     assert fingerprint([read_gguf(str(model))]) == original == fasa_fields(model)["fingerprint"].contents()
+
+
+def test_types_are_as_large_as_in_ggml():
+    lib = load_llama_cpp()
+    block, size = (c_function(lib, f"ggml_{n}_size", [ctypes.c_int], ctypes.c_int64) for n in ("blck", "type"))
+    kinds = [kind for kind in range(lib.GGML_TYPE_COUNT) if block(kind) > 0]  # the others were removed
+    assert len(kinds) > 30
+    for kind in kinds:
+        assert _tensor_bytes("weight", kind, (5 * block(kind), 3)) == 15 * size(kind), kind
 
 
 # --- sidecars ---
