@@ -1,11 +1,14 @@
 """Stage metadata: what fasa-calibrate writes, and that it changes nothing else, whatever happens meanwhile."""
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import resource
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -19,9 +22,9 @@ import pytest
 from fasa_calibrate import cli, write
 from fasa_calibrate.cli import main
 from fasa_calibrate.errors import CalibrateError
-from fasa_calibrate.gguf_file import read_gguf
+from fasa_calibrate.gguf_file import _tensor_bytes, read_gguf
 from fasa_calibrate.metadata import ARRAY, STRING, U32, fingerprint
-from fasa_calibrate.native import load_llama_cpp
+from fasa_calibrate.native import c_function, load_llama_cpp
 from fasa_calibrate.observe import Model
 from fasa_calibrate.show import main as inspect
 from support.gguf_keys import F32, array, scalar, split_in_parts, with_keys
@@ -202,6 +205,15 @@ def test_fingerprint_is_of_q_and_k_weights(model, tmp_path):
     assert change("blk.0.attn_v.weight") == original
     assert calibrate(model) == 0
     assert fingerprint([read_gguf(str(model))]) == original == fasa_fields(model)["fingerprint"].contents()
+
+
+def test_types_are_as_large_as_in_ggml():
+    lib = load_llama_cpp()
+    block, size = (c_function(lib, f"ggml_{n}_size", [ctypes.c_int], ctypes.c_int64) for n in ("blck", "type"))
+    kinds = [kind for kind in range(lib.GGML_TYPE_COUNT) if block(kind) > 0]  # the others were removed
+    assert len(kinds) > 30
+    for kind in kinds:
+        assert _tensor_bytes("weight", kind, (5 * block(kind), 3)) == 15 * size(kind), kind
 
 
 # --- sidecars ---
@@ -446,6 +458,23 @@ def test_a_write_that_fails_midway(model):
     assert model.read_bytes() == before and leftovers(model.parent) == []
 
 
+def test_file_systems_that_lack_something(model, monkeypatch, capsys):
+    """Locks, as Lustre and NFS often do, or a folder that can be opened and synced."""
+
+    def lacks(function, error, of_what):
+        def call(first, *args):
+            if of_what(first):
+                raise OSError(error, os.strerror(error))
+            return function(first, *args)
+
+        return call
+
+    monkeypatch.setattr(write.fcntl, "flock", lacks(write.fcntl.flock, errno.ENOSYS, lambda file: True))
+    monkeypatch.setattr(write.os, "fsync", lacks(os.fsync, errno.EINVAL, lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode)))
+    assert calibrate(model) == 0, capsys.readouterr().err
+    assert fasa_fields(model) and leftovers(model.parent) == []
+
+
 REWRITE = """
 import sys
 from fasa_calibrate import cli, write
@@ -544,6 +573,18 @@ def test_a_signal_leaves_no_debris(model, number):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert leftovers(model.parent) == [] and contents(model) == before
+
+
+def test_an_interrupt_after_the_rename_promises_no_old_file(model, monkeypatch, capsys):
+    def replace(source, target, rename=os.replace):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    before = model.read_bytes()
+    monkeypatch.setattr(write.os, "replace", replace)
+    assert calibrate(model) == 130
+    assert model.read_bytes() != before and leftovers(model.parent) == []
+    assert capsys.readouterr().err == "fasa-calibrate: interrupted, nothing is half written\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -689,6 +730,19 @@ def test_no_tensors_and_big_endian(tmp_path, capsys):
         writer.write_tensors_to_file()
         writer.close()
         assert message in refused(capsys, path)
+
+
+def test_the_damaged_one_of_several_files_is_named(model, tmp_path, capsys):
+    assert calibrate(model, "--sidecar") == 0
+    sidecar = model.with_suffix(".fasa.gguf")
+    sidecar.write_bytes(sidecar.read_bytes()[:500])
+    assert inspect([str(model)]) == 1
+    assert f"truncated or damaged ('{sidecar}')" in capsys.readouterr().err
+    first = split_in_parts(model, tmp_path, "qwen2")
+    second = first.with_name(first.name.replace("00001-of", "00002-of"))
+    second.write_bytes(second.read_bytes()[:-100])
+    assert calibrate(first, "--sidecar") == 1
+    assert f"lies outside of it ('{second}')" in capsys.readouterr().err
 
 
 def test_random_damage_is_refused_or_harmless(model, tmp_path, rng):

@@ -118,7 +118,7 @@ def main(argv=None):
         print(f"fasa-calibrate: error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fasa-calibrate: interrupted, nothing was changed", file=sys.stderr)
+        print("fasa-calibrate: interrupted, nothing is half written", file=sys.stderr)
         return 130
     return 0
 

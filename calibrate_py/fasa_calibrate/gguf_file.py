@@ -6,7 +6,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
 
 from .errors import CalibrateError
 
@@ -16,6 +16,9 @@ DEFAULT_ALIGNMENT = 32
 
 STRING, ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+# Weights and bytes of a block of each type; those listed are not in every release of gguf, or otherwise there.
+_BLOCKS = {kind.value: sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+_BLOCKS.update({9: (32, 36), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)})
 _MAX_DIMS = 4
 _MAX_NAME = 65535
 _MAX_ARRAY_DEPTH = 4
@@ -64,7 +67,7 @@ class GgufFile:
     stamp: tuple = ()  # see _stamp
 
     def get(self, name, default=None):
-        """The value of a key: a scalar, a str, or a list of scalars. Other arrays, and very long ones, are not decoded."""
+        """The value of a key: a scalar, a str, or a list of scalars. Other and very long arrays are not decoded."""
         return self.values.get(name, default)
 
     def open(self):
@@ -141,10 +144,9 @@ class _Reader:
 
 
 def _tensor_bytes(name, kind, shape):
-    try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except (ValueError, KeyError):
-        raise CalibrateError(f"tensor {shown(name)} has an unknown type ({kind})") from None
+    if kind not in _BLOCKS:
+        raise CalibrateError(f"tensor {shown(name)} has an unknown type ({kind})")
+    block, size = _BLOCKS[kind]
     if shape[0] % block:
         raise CalibrateError(f"the GGUF file is damaged: rows of tensor {shown(name)} are no whole number of blocks")
     n = shape[0] // block * size
@@ -166,7 +168,10 @@ def read_gguf(path):
             if file.read(4) != MAGIC:
                 raise not_gguf
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                gguf = _parse(path, data, size)
+                try:
+                    gguf = _parse(path, data, size)
+                except CalibrateError as err:  # one of several perhaps: a part, or a sidecar that nobody named
+                    raise CalibrateError(f"{err} ('{path}')") from None
             gguf.stamp = _stamp(file)
             return gguf
     except OSError as err:

@@ -105,11 +105,12 @@ def _replacement(target, like):
             os.unlink(path)
         raise
     if fcntl is not None:
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with contextlib.suppress(OSError):  # not of every file system and folder; the target is in its place
+            directory = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 def _create(folder, prefix):
@@ -119,7 +120,8 @@ def _create(folder, prefix):
         out = os.fdopen(handle, "wb")
         if fcntl is None:
             return out, path
-        fcntl.flock(out, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: no other run can take it for stale either
+            fcntl.flock(out, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 return out, path
