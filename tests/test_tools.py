@@ -84,7 +84,7 @@ fasa: mode on, budget 64, sink not set, recent not set, max batch not set, index
 fasa: budget 64, layers 2 sparse 1 dense, n_tip 8 to 9, index q8 10 bytes, kv 20 bytes, mapped 0 bytes, steps 4 sparse 3 dense 2 prefill
 fasa: mode on, budget 128, sink not set, recent not set, max batch not set
 {"n_gen": 4, "samples_ts": [3.0]}
-"""
+"""  # noqa: E501
 
 
 def test_bench_decode_pairs_settings_with_tests(capsys):

@@ -140,8 +140,8 @@ std::vector<common_arg> fasa_args() {
         set_variant).set_env("LLAMA_ARG_FASA_MODE"));
     args.push_back(common_arg(
         {"--fasa-vram"}, "MiB",
-        "most memory of each device that --fasa-mode m may take for the KV cache: the index, rows selected last, and what K and V pass through "
-        "(default: no bound); with --fasa-mode auto, what K and V and the index may take for c, too",
+        "most memory of each device that --fasa-mode m may take for the KV cache: the index, rows selected last, and what K and V "
+        "pass through (default: no bound); with --fasa-mode auto, what K and V and the index may take for c, too",
         set_count<&llama_fasa_params::vram, 1>).set_env("LLAMA_ARG_FASA_VRAM"));
     args.push_back(common_arg(
         {"--fasa-file"}, "FNAME",
@@ -235,9 +235,9 @@ void fasa_bench_set_next() {
     const llama_fasa_params & fasa = bench_settings[bench_next++ % bench_settings.size()];
     apply(fasa);
     if (bench_given) {
-        fprintf(stderr, "fasa: mode %s, budget %s, budget schedule %s, sink %s, recent %s, max batch %s, index type %s, mode %s\n", mode_name(fasa.mode),
-                count_name(fasa.budget, 0).c_str(), count_name(fasa.budget_schedule, 0).c_str(), count_name(fasa.n_sink, -1).c_str(),
-                count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str(),
+        fprintf(stderr, "fasa: mode %s, budget %s, budget schedule %s, sink %s, recent %s, max batch %s, index type %s, mode %s\n",
+                mode_name(fasa.mode), count_name(fasa.budget, 0).c_str(), count_name(fasa.budget_schedule, 0).c_str(),
+                count_name(fasa.n_sink, -1).c_str(), count_name(fasa.n_recent, -1).c_str(), count_name(fasa.max_batch, 0).c_str(),
                 fasa.index_type < 0 ? "not set" : index_type_name(fasa.index_type).c_str(), VARIANTS[fasa.variant]);
     }
 }

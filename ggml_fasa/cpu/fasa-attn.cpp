@@ -419,8 +419,8 @@ void forward_index_write(const ggml_compute_params * params, ggml_tensor * dst) 
 
         ggml_fasa_cpu_index_write(
                 (const char *) k->data + id*k->nb[1] + g*ggml_row_size(k->type, d), k->type, d, hadamard,
-                (const int32_t *) dims->data + g*n_dim, center ? (const float *) center->data + g*n_dim : nullptr, n_dim, cell, type,
-                (char *) index->data + g*index->nb[2] + s*index->nb[3], scratch);
+                (const int32_t *) dims->data + g*n_dim, center ? (const float *) center->data + g*n_dim : nullptr, n_dim, cell,
+                type, (char *) index->data + g*index->nb[2] + s*index->nb[3], scratch);
     }
 }
 

@@ -37,8 +37,8 @@ struct row_args {
     __host__ __device__ int slots() const { return state ? n_slot : 0; }
 };
 
-// What a block needs of it, in shared memory, as words of 4 bytes: the tags of the last half, a hash table over them, for each cell of
-// the block's list the row where it is, and a word that the block shares.
+// What a block needs of it, in shared memory, as words of 4 bytes: the tags of the last half, a hash table over them, for each
+// cell of the block's list the row where it is, and a word that the block shares.
 static __host__ __device__ __forceinline__ size_t row_shared(const row_args & r, int list_len) {
     return r.state ? ((size_t) r.known() + r.slots() + list_len + 1 + 3)/4*4 : 0;
 }

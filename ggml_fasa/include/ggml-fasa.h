@@ -166,8 +166,9 @@ GGML_API struct ggml_tensor * ggml_fasa_attn(
 // Cells that a joined write may have.
 #define GGML_FASA_JOINED_MAX 8
 
-// Makes attn depend on write, an index_write to the same index of at most GGML_FASA_JOINED_MAX cells and without a row state, and lets
-// the backend do both at once, when it comes to attn. One backend must run both, and nothing else may read the index in between.
+// Makes attn depend on write, an index_write to the same index of at most GGML_FASA_JOINED_MAX cells and without a row state,
+// and lets the backend do both at once, when it comes to attn. One backend must run both, and nothing else may read the index in
+// between.
 GGML_API void ggml_fasa_attn_join_write(struct ggml_tensor * attn, struct ggml_tensor * write);
 
 // Words of 32 bits before the tags in the state of a row cache: {turn, rows in each half, 0, hits and misses of 64 bits}.
@@ -175,7 +176,11 @@ GGML_API void ggml_fasa_attn_join_write(struct ggml_tensor * attn, struct ggml_t
 
 // The state of a row cache: I32 [GGML_FASA_ROW_STATE + 2 * n_rows, 1, G, S], zero when it is new. To it belong the rows: F16
 // [2 * n_rows * (D + DV), 1, G, S].
-GGML_API struct ggml_tensor * ggml_fasa_new_row_state(struct ggml_context * ctx, int64_t n_rows, int64_t n_head_kv, int64_t n_stream);
+GGML_API struct ggml_tensor * ggml_fasa_new_row_state(
+        struct ggml_context * ctx,
+        int64_t               n_rows,
+        int64_t               n_head_kv,
+        int64_t               n_stream);
 
 // Lets attn keep n_rows of the rows that it reads for its next step, so that rows in host memory are read less often. CUDA,
 // K and V in F16, one query row for each stream; elsewhere it changes nothing. Every write to K or V must tell the state.

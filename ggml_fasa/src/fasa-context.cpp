@@ -372,10 +372,10 @@ static llama_fasa_index_cache * fasa_attach(llama_context & lctx) {
 
     const llama_fasa_info info = fasa->info();
     // a warning: see llama_fasa_log_stats
-    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d %% of it in the first layer, %d sinks and %d recent forced), up to %d rows, "
-            "%s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory (FASA-%s)\n",
-            info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.budget_schedule, info.n_sink, info.n_recent,
-            info.max_batch, ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0,
+    LLAMA_LOG_WARN("fasa: %d layers sparse, %d dense, n_tip %d to %d, budget %d (%d %% of it in the first layer, %d sinks and %d recent "
+            "forced), up to %d rows, %s index of %.2f MiB beside %.2f MiB of K and V, %.2f MiB of those in mapped host memory (FASA-%s)\n",
+            info.n_layer_sparse, info.n_layer_dense, info.n_tip_min, info.n_tip_max, info.budget, info.budget_schedule, info.n_sink,
+            info.n_recent, info.max_batch, ggml_fasa_index_type_name(config.index_type), info.index_bytes/1024.0/1024.0,
             info.kv_bytes/1024.0/1024.0, info.mapped_bytes/1024.0/1024.0,
             info.mapped_bytes > 0 ? "M" : "C");
     if (info.mapped_bytes > 0) {

@@ -201,7 +201,8 @@ void llama_fasa_read(const gguf_context * gguf, const llama_hparams & hparams, l
         }
         md.budget = (int32_t) budget;
     }
-    for (const auto & [key, value] : { std::pair<const char *, int32_t *>{ "fasa.n_sink", &md.n_sink }, { "fasa.n_recent", &md.n_recent } }) {
+    for (const auto & [key, value] : {
+            std::pair<const char *, int32_t *>{ "fasa.n_sink", &md.n_sink }, { "fasa.n_recent", &md.n_recent } }) {
         if (in.has(key)) {
             const uint32_t n = in.u32(key);
             if (n > LLAMA_FASA_COUNT_MAX) {

@@ -19,7 +19,8 @@
 static constexpr uint64_t RESERVE = 2ull << 30;
 
 // Bytes that K, V and index of all layers on a device take in variant C.
-static uint64_t bytes_on_device(const llama_model & model, ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
+static uint64_t bytes_on_device(
+        const llama_model & model, ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint64_t n_cells) {
     const llama_hparams & hparams = model.hparams;
     const ggml_fasa_index_type index_type = llama_fasa_resolve_index_type(llama_fasa_get_params(), *model.fasa);
     uint64_t row = 0;

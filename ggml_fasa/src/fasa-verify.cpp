@@ -72,7 +72,8 @@ std::string llama_fasa_index_cache::verify() const {
         if (at < stored.size()) {
             return format("FASA: the index is out of date in layer %d, stream %d, KV head %d, cell %d",
                     l.il, (int) (at/l.index->nb[3]), (int) (at % l.index->nb[3]/l.index->nb[2]),
-                    (int) (at % l.index->nb[2]/l.index->nb[1]*GGML_FASA_TILE + cell_in_tile(config.index_type, at % l.index->nb[1])));
+                    (int) (at % l.index->nb[2]/l.index->nb[1]*GGML_FASA_TILE +
+                        cell_in_tile(config.index_type, at % l.index->nb[1])));
         }
     }
     return "";

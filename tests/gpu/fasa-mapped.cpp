@@ -8,7 +8,8 @@
 //
 // Keys of run, all optional:
 //   mode=off|c|m|auto  budget=N  index=f16|q8|q4  vram=MIB  ctx=N  depth=N (tokens of the prompt)  gen=N  ubatch=N
-//   text=FILE (the prompt, again and again up to depth; else random tokens)  type=f16|q8_0 (of K and V)  offload=0|1 (of the KV cache)  save=FILE, load=FILE (the state after the prompt)
+//   text=FILE (the prompt, again and again up to depth; else random tokens)  type=f16|q8_0 (of K and V)
+//   offload=0|1 (of the KV cache)  save=FILE, load=FILE (the state after the prompt)
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -82,7 +83,8 @@ struct op_case {
     ggml_context_ptr ctx_device { new_context() };
     ggml_backend_buffer_ptr buf_kv, buf_device;
 
-    ggml_tensor * k, * v, * index, * dims, * cells, * q, * mask, * sinks, * staging, * written, * row_state = nullptr, * rows = nullptr;
+    ggml_tensor * k, * v, * index, * dims, * cells, * q, * mask, * sinks, * staging, * written;
+    ggml_tensor * row_state = nullptr, * rows = nullptr;
     ggml_context_ptr ctx_graph;
     ggml_gallocr_ptr alloc;
 
@@ -218,7 +220,8 @@ struct op_case {
         switch (what) {
             case SPARSE: // all cells are new
             case STEP: { // a few are
-                ggml_tensor * write = ggml_fasa_index_write(ctx, k, what == STEP ? written : cells, index, dims, GGML_FASA_INDEX_Q4, 0);
+                ggml_tensor * write = ggml_fasa_index_write(
+                        ctx, k, what == STEP ? written : cells, index, dims, GGML_FASA_INDEX_Q4, 0);
                 out = ggml_fasa_attn(ctx, qp, heads(k), heads(v), mask, sinks, index, dims, scale, 0.0f, s.budget,
                         GGML_FASA_INDEX_Q4, 0);
                 if (row_state) {

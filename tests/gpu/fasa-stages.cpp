@@ -1,7 +1,7 @@
 // What the stages of FASA cost on a GPU, against the flash attention of the same step, on random tensors: one JSON line for each
 // shape, in microseconds for one layer, median of rounds. A library built with -DFASA_CUDA_CLOCK=ON prints the times of tip, select
-// and fac in between (with few cells that of tip is more than the kernel adds to a step: it starts early and waits for the one before
-// it). tools/bench_gpu.sh makes rows of both.
+// and fac in between (with few cells that of tip is more than the kernel adds to a step: it starts early and waits for the one
+// before it). tools/bench_gpu.sh makes rows of both.
 //
 //   fasa-stages [KEY=VALUE...]   head=128 (size)  heads=32  kv_heads=8  dims=32  layers=8
 
@@ -64,7 +64,8 @@ public:
 
     // Median time of one layer of a step, in microseconds; build(ctx, layer) is its op.
     double time(const std::function<ggml_tensor * (ggml_context *, int64_t)> & build) const {
-        ggml_init_params params = { (size_t) 64*of.layers*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*.no_alloc =*/ true };
+        const size_t size = 64*of.layers*ggml_tensor_overhead() + ggml_graph_overhead();
+        ggml_init_params params = { size, nullptr, /*.no_alloc =*/ true };
         ggml_context_ptr graph_ctx(ggml_init(params));
         ggml_cgraph * graph = ggml_new_graph(graph_ctx.get());
         for (int64_t l = 0; l < of.layers; ++l) {
@@ -129,7 +130,8 @@ private:
         return ggml_permute(c, q, 0, 2, 1, 3);
     }
     ggml_tensor * heads(ggml_context * c, ggml_tensor * cache) const {
-        return ggml_view_4d(c, cache, of.head, n_kv, of.kv_heads, 1, cache->nb[1], ggml_row_size(cache->type, of.head), cache->nb[1]*n_kv, 0);
+        return ggml_view_4d(c, cache, of.head, n_kv, of.kv_heads, 1, cache->nb[1], ggml_row_size(cache->type, of.head),
+                cache->nb[1]*n_kv, 0);
     }
     ggml_tensor * write(ggml_context * c, int64_t l, ggml_fasa_index_type type, ggml_tensor * cells) const {
         return ggml_fasa_index_write(c, k[l], cells, index[type][l], dims, type, 0);

@@ -21,8 +21,8 @@ def rope(x, positions, base):
 class NumpyLlama:
     """Reads tokens in chunks and keeps K and V; with f16 its cache is rounded to f16 as llama.cpp's is.
 
-    fcs: for each layer FC ids [G, n_tip]; layers with n_tip 0 stay dense. budget: one, or one for each layer. forward() gives logits and how clear-cut the
-    selections of each row were (oracle.margin, the least over layers and KV heads).
+    fcs: for each layer FC ids [G, n_tip]; layers with n_tip 0 stay dense. budget: one, or one for each layer. forward() gives
+    logits and how clear-cut the selections of each row were (oracle.margin, the least over layers and KV heads).
     """
 
     def __init__(self, model, fcs=None, budget=0, n_sink=0, n_recent=0, f16=True, index_type="f16"):
