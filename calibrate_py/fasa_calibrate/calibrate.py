@@ -4,6 +4,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Optional
 
 import numpy as np
@@ -94,13 +95,14 @@ def calibrate(model, text, options, n_threads, progress=None, held_out=0):
         result.n_head_kv[attention.layer] = len(attention.k)
         if attention.full and attention.rope is not None:
             result.index_type = result.index_type or index_of(options, attention.k.shape[-1])[1]
-            heads = _choose_layer(attention, positions, options, pool)
+            heads = _choose_layer(attention, positions, options, each)
             result.fcs[attention.layer], result.centers[attention.layer], of_heads = map(list, zip(*heads))
             result.quality[attention.layer] = sum(of_heads, Quality())
         if progress is not None:
             progress()
 
     with ThreadPoolExecutor(n_threads) as pool:
+        each = partial(_each, pool, n_threads)
         model.attentions(tokens, positions, visit, n_threads)
     if not result.fcs:
         raise CalibrateError("this model has no layer that FASA can serve: no full attention with rotary embedding")
@@ -116,7 +118,19 @@ def worst_layers(errors, n_dense):
     return sorted(errors, key=errors.get, reverse=True)[: min(n_dense, len(errors) - 1)]
 
 
-def _choose_layer(attention, positions, options, pool):
+def _each(pool, n_threads, function, items):
+    """[function(item), ...], by threads that take turns at the items."""
+    results = [None] * len(items)
+
+    def work(first):
+        for at in range(first, len(items), n_threads):
+            results[at] = function(items[at])
+
+    list(pool.map(work, range(n_threads)))
+    return results
+
+
+def _choose_layer(attention, positions, options, each):
     if attention.n_rot % 2 or not 2 <= attention.n_rot <= attention.k.shape[-1]:
         raise CalibrateError(f"layer {attention.layer} rotates {attention.n_rot} dims, which is not supported")
     if not all(np.isfinite(x).all() for x in (attention.q, attention.k, attention.v)):
@@ -141,10 +155,10 @@ def _choose_layer(attention, positions, options, pool):
         )
         # a stream of its own for every head: the result does not depend on the order of work
         rng = np.random.default_rng([options.seed, attention.layer, head])
-        fcs = CHOOSE[options.criterion](group, n_tip, options.rules, rng)
-        return fcs, group.center(fcs), quality(group, fcs, options.rules)
+        fcs = CHOOSE[options.criterion](group, n_tip, options.rules, rng, each)
+        return fcs, group.center(fcs), quality(group, fcs, options.rules, each)
 
-    return list(pool.map(choose, range(n_head_kv)))
+    return [choose(head) for head in range(n_head_kv)]
 
 
 def sha256_text(text):

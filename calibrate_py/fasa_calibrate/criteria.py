@@ -11,6 +11,7 @@ import numpy as np
 CRITERIA = ("mass", "overlap", "error", "ca", "random")
 RECALL_BUDGETS = (64, 128, 256, 512, 1024)
 DROP_SHARE = 32  # a step drops at most one in so many FCs
+SCREEN_SHARE = 2  # one in so many queries decides which half of the FCs the others need not look at
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ def fc_planes(x, rope, n_rot):
     else:
         planes = np.stack([rotated[..., : n_rot // 2], rotated[..., n_rot // 2 :]], axis=-1)
     return np.ascontiguousarray(np.moveaxis(planes, -2, 0))
+
+
+def in_turn(function, items):
+    """[function(item), ...]; what is called `each` here may call it for several items at once."""
+    return [function(item) for item in items]
 
 
 class Group:
@@ -143,34 +149,43 @@ class Quality:
         return self.recall / max(self.n_query, 1)
 
 
-def quality(group, fcs, rules):
+def quality(group, fcs, rules, each=in_turn):
     """The Quality of FCs; recall for several budgets, the rest for that of the rules."""
-    total = Quality()
-    for i in range(len(group.positions)):
+
+    def of_query(i):
         weights = group.attention(i)
         order = order_of_selection(tip_rank(group.fc_scores(i)[fcs].sum(axis=0)), rules)
         dense = group.output(weights)
         difference = sparse_output(group, weights, order[: rules.budget]) - dense
         mass = weights.mean(axis=0)
         recall = np.cumsum(mass[order])[np.minimum(RECALL_BUDGETS, len(order)) - 1] / mass.sum()
-        total += Quality(1, float(np.square(difference).sum()), float(np.square(dense).sum()), recall)
-    return total
+        return Quality(1, float(np.square(difference).sum()), float(np.square(dense).sum()), recall)
+
+    return sum(each(of_query, range(len(group.positions))), Quality())
 
 
-def choose_greedily(group, n_tip, gain):
+def choose_greedily(group, n_tip, gain, each):
     """Backward elimination: of all FCs those are dropped, step by step, without which gain is largest.
 
-    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. To add FCs one by one to none
-    is worse: some are of use only together, so that the first choices are all but blind.
+    gain(i, scores [C, R, t]) says for query i how good each of C partial scores is: [C]. In each step a part of the
+    queries sees all FCs, the rest the better half. To add FCs one by one to none is worse: some are of use only together,
+    so that the first choices are all but blind.
     """
     queries = range(len(group.positions))
-    fc = [group.fc_scores(i) for i in queries]
+    screen, rest = queries[::SCREEN_SHARE], [i for i in queries if i % SCREEN_SHARE]
+    fc = each(group.fc_scores, queries)
     tip = [f.sum(axis=0) for f in fc]
     chosen = np.arange(group.n_fc)
+
+    def gains(of, candidates):
+        return sum(each(lambda i: gain(i, tip[i] - fc[i][candidates]), of))
+
     while len(chosen) > n_tip:
-        gains = sum(gain(i, tip[i] - fc[i][chosen]) for i in queries)
         n = min(len(chosen) - n_tip, max(1, len(chosen) // DROP_SHARE))
-        worst = np.argsort(-gains, kind="stable")[:n]
+        by_screen = gains(screen, chosen)
+        better = np.sort(np.argsort(-by_screen, kind="stable")[: max(n, (len(chosen) + 1) // 2)])
+        by_all = by_screen[better] + gains(rest, chosen[better]) if rest else by_screen[better]
+        worst = better[np.argsort(-by_all, kind="stable")[:n]]
         for i in queries:
             tip[i] -= fc[i][chosen[worst]].sum(axis=0)
         chosen = np.delete(chosen, worst)
@@ -182,14 +197,14 @@ def _free(group, rules):
     return [slice(rules.n_sink, max(rules.n_sink, t + 1 - rules.n_recent)) for t in group.positions]
 
 
-def choose_mass(group, n_tip, rules, rng):
+def choose_mass(group, n_tip, rules, rng, each=in_turn):
     """FCs with which select captures most dense attention mass, beyond the tokens that are forced anyway."""
     free = _free(group, rules)
     mass = [group.attention(i).mean(axis=0)[f] for i, f in enumerate(free)]
-    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], mass[i], rules.n_free))
+    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], mass[i], rules.n_free), each)
 
 
-def choose_overlap(group, n_tip, rules, rng):
+def choose_overlap(group, n_tip, rules, rng, each=in_turn):
     """FCs with which select finds most of the tokens that full scores would select, beyond the forced ones."""
     free = _free(group, rules)
     wanted = []
@@ -197,10 +212,10 @@ def choose_overlap(group, n_tip, rules, rng):
         rank = tip_rank(group.logits(i))[f]
         wanted.append(np.zeros(len(rank), np.float32))
         wanted[-1][np.argsort(-rank, kind="stable")[: rules.n_free]] = 1
-    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], wanted[i], rules.n_free))
+    return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], wanted[i], rules.n_free), each)
 
 
-def choose_error(group, n_tip, rules, rng):
+def choose_error(group, n_tip, rules, rng, each=in_turn):
     """FCs with which the output of attention over the selected tokens is nearest to the dense one."""
     weights = [group.attention(i) for i in range(len(group.positions))]
     dense = [group.output(w) for w in weights]
@@ -209,10 +224,10 @@ def choose_error(group, n_tip, rules, rng):
         kept = [order_of_selection(rank, rules)[: rules.budget] for rank in tip_rank(scores)]
         return np.array([-np.square(sparse_output(group, weights[i], k) - dense[i]).sum() for k in kept])
 
-    return choose_greedily(group, n_tip, gain)
+    return choose_greedily(group, n_tip, gain, each)
 
 
-def choose_ca(group, n_tip, rules, rng):
+def choose_ca(group, n_tip, rules, rng, each=in_turn):
     """Contextual agreement (paper, equations 2 to 5): FCs whose top tokens agree best with the full head's, each FC
     on its own, averaged over the heads of the group. K of equation 2 is the budget; nothing is forced."""
     agreement = np.zeros(group.n_fc)
@@ -226,7 +241,7 @@ def choose_ca(group, n_tip, rules, rng):
     return sorted(np.argsort(-agreement, kind="stable")[:n_tip].tolist())
 
 
-def choose_random(group, n_tip, rules, rng):
+def choose_random(group, n_tip, rules, rng, each=in_turn):
     """The control: any other criterion must do clearly better."""
     return sorted(rng.choice(group.n_fc, n_tip, replace=False).tolist())
 
