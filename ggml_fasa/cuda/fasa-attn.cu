@@ -66,7 +66,7 @@ static __device__ __forceinline__ bool is_written(const attn_args & a, const int
     return is;
 }
 
-// By one thread of each block of a unit, at its end: whether it is the last one. That one leaves unit_sync as it was.
+// By one thread of each block of a unit, at its end: whether it is the last one.
 static __device__ __forceinline__ bool is_last(const attn_args & a, const unit & u) {
     if (a.n_part == 1) {
         return true;
@@ -74,9 +74,6 @@ static __device__ __forceinline__ bool is_last(const attn_args & a, const unit &
     unit_sync & sync = a.sync[u.at];
     if (atomicAdd(&sync.n_done, 1) < a.n_part - 1) {
         return false;
-    }
-    for (int b = 0; b < a.n_part; ++b) {
-        sync.turn[b] = 0;
     }
     sync.n_done = 0;
     return true;
@@ -96,21 +93,17 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
 
     // no kernel writes dims and ids, and the index but for few cells is older than the kernel before
     const char * plane = a.index + u.s*a.index_nb3 + u.g*a.index_nb2;
-    tip_prefetch(a, u, plane);
+    tip_prefetch(a, u, plane, threadIdx.x/WARP_SIZE*(TIP_AHEAD/FAC_WARP), TIP_AHEAD/FAC_WARP);
     held_dims<2> dims;
     dims.load(a.dims, a.write.center, a.n_dim, u.g, threadIdx.x%WARP_SIZE);
     const uint32_t ids = threadIdx.x%WARP_SIZE < a.write.n_write ? a.write.cells[threadIdx.x%WARP_SIZE] : 0;
     ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {
-        sh.n_own = sh.n_cand = sh.n_offer = 0;
+        sh.n_own = sh.n_cand = sh.n_all = sh.bound = 0;
     }
-    __syncthreads();
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
 
-    if (threadIdx.x < OFFER) { // others read so many
-        __stcg((unsigned long long *) a.cand + ((size_t) u.at*a.n_part + u.rank)*a.n_run + threadIdx.x, 0);
-    }
     const size_t block = (size_t) u.at*a.n_part + u.rank;
     float   * score = a.score_len > 0 ? shared + a.at.score : a.score + block*a.n_group*a.n_run;
     int32_t * list  = a.list_len  > 0 ? (int32_t *) (shared + a.at.list) : a.list + block*a.budget;
@@ -134,35 +127,61 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     if constexpr (ROWS == ROWS_CACHED) {
         cache.open(a.rows, u.s, u.g, (uint32_t *) (shared + a.at.rows), a.list_len);
     }
-    select_count<NH>(a, u, sh, score);
-    unit_arrive(a, u, 1);
-    unit_wait(a, u, 1);
-    if (a.n_part > 1 && threadIdx.x < a.n_group) { // all have read it
-        __stcg((unsigned long long *) a.sums[u.at].softmax[u.rank] + threadIdx.x, 0);
+    select_keys<NH>(a, u, sh, score);
+    int  n     = -1;
+    bool added = false; // whether counts were added up
+    if (a.n_offer > 0) {
+        n = select_by_offers(a, u, sh, key, list, [&](int n_listed) {
+            if (threadIdx.x < min(n_listed, max(a.budget/a.n_part*3/2, WARP_SIZE))) { // many of them will be selected
+                prefetch_cell(a, u, list[threadIdx.x]);
+            }
+        });
     }
-    const select_state offered = select_offer(a, u, 2, sh, key, list);
-    const int n = select_cells(a, u, 2, sh, offered, key, list);
+    if (n < 0) {
+        if (a.n_offer > 0) {
+            select_recount(a, u, sh, key);
+        }
+        const select_state offered = select_offer(a, u, sh, key, list);
+        n     = select_cells(a, u, sh, offered, key, list);
+        added = a.n_part > 1;
+    }
+    if (a.n_part > 1 && threadIdx.x < a.n_group) { // all have read it
+        put_word(letter_of(a, u, u.rank).softmax + threadIdx.x, 0);
+    }
     clock.mark();
     if constexpr (ROWS == ROWS_CACHED) {
         cache.find(list, n);
     }
 #pragma unroll 1
     for (int h = 0; h < a.n_group; h += NH) {
-        fac_heads<NH, LANES, ROWS>(a, u, shared + a.at.q + h*a.d_k, cache, h, list, n, shared + a.at.score);
+        const float * q_heads = shared + a.at.q + h*a.d_k;
+        if constexpr (ROWS != ROWS_ANY && FASA_MMA) {
+            fac_heads_f16<NH, LANES, ROWS>(a, u, q_heads, cache, h, list, n, shared + a.at.score);
+        } else {
+            fac_heads<NH, LANES, ROWS>(a, u, q_heads, cache, h, list, n, shared + a.at.score);
+        }
     }
-    unit_arrive(a, u, 3);
-    unit_wait(a, u, 3);
+    __syncthreads();
     fac_merge(a, u, shared + a.at.score);
     clock.mark();
     clock.print(a);
-    if (a.n_part > 1) { // none looks at it any more
+    // none looks any more at what was there before the parts
+    if (threadIdx.x < a.n_offer) {
+        put_word(letter_of(a, u, u.rank).offers + threadIdx.x, 0);
+        put_word(&letter_of(a, u, u.rank).bound, 0);
+    }
+    if (added) {
+        unit_sync & sync = a.sync[u.at];
 #pragma unroll 1
-        for (int b = u.rank*FAC_THREAD + threadIdx.x; b < N_BIN/4; b += a.n_part*FAC_THREAD) {
-            __stcg((uint4 *) a.sums[u.at].hist + b, make_uint4(0, 0, 0, 0));
+        for (int b = u.rank*FAC_THREAD + threadIdx.x; b < N_BIN; b += a.n_part*FAC_THREAD) {
+            put_word(sync.hist + b, 0);
+        }
+        if (threadIdx.x == 0) {
+            put_word(sync.turn + u.rank, 0);
         }
     }
-    if (threadIdx.x == 0 && is_last(a, u)) {
-        if constexpr (ROWS == ROWS_CACHED) {
+    if constexpr (ROWS == ROWS_CACHED) {
+        if (threadIdx.x == 0 && is_last(a, u)) {
             cache.turn();
         }
     }
@@ -249,27 +268,27 @@ static size_t set_scratch(attn_args & a, char * base, size_t n_unit) {
     take(a.cand,  (size_t) a.n_part*a.n_run);
     take(a.score, a.score_len > 0 ? 0 : (size_t) a.n_part*a.n_group*a.n_run);
     take(a.list,  a.list_len  > 0 ? 0 : (size_t) a.n_part*a.budget);
-    take(a.part,  (size_t) a.n_part*a.n_group*(a.d_v + 2));
+    take(a.part,  a.n_part > 1 ? 0 : (size_t) a.n_group*(a.d_v + 2));
     return at;
 }
 
-// Memory of a stream where blocks meet, all 0 whenever no kernel is at work in the stream: for as many units of several blocks as
-// fit on the device. It stays: a stream that comes later under the same handle takes it over.
+// Memory of a stream where blocks meet: for as many units of several blocks as fit on the device. It stays: a stream that comes
+// later under the same handle takes it over.
 static void set_meeting_place(attn_args & a, int device, cudaStream_t stream) {
     static std::mutex mutex;
-    static std::map<std::pair<int, cudaStream_t>, unit_sums *> places;
+    static std::map<std::pair<int, cudaStream_t>, block_letter *> places;
 
-    const size_t n_unit = ggml_cuda_info().devices[device].nsm/2;
+    const size_t n_block = ggml_cuda_info().devices[device].nsm;
 
     const std::lock_guard<std::mutex> lock(mutex);
-    unit_sums * & place = places[{ device, stream }];
+    block_letter * & place = places[{ device, stream }];
     if (!place) {
-        const size_t size = n_unit*(sizeof(unit_sums) + sizeof(unit_sync));
+        const size_t size = n_block*sizeof(block_letter) + n_block/2*sizeof(unit_sync);
         CUDA_CHECK(cudaMalloc(&place, size));
         CUDA_CHECK(cudaMemsetAsync(place, 0, size, stream));
     }
-    a.sums = place;
-    a.sync = (unit_sync *) (place + n_unit);
+    a.letters = place;
+    a.sync    = (unit_sync *) (place + n_block);
 }
 
 static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -331,19 +350,28 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     // query rows of one launch: what a bounded scratch and a grid hold
     constexpr size_t MAX_SCRATCH = 256u << 20;
     const int n_row    = a.n_row*q->ne[3];
-    const int n_tile   = (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE;
-    const size_t size  = (size_t) n_tile*GGML_FASA_TILE*a.n_head_kv*(a.n_group + 3)*sizeof(float);
+    a.n_tile           = (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE;
+    const size_t size  = (size_t) a.n_tile*GGML_FASA_TILE*a.n_head_kv*(a.n_group + 3)*sizeof(float);
     const int per_pass = std::clamp<size_t>(MAX_SCRATCH/size, 1, std::min(n_row, 65535));
 
     // blocks of a unit: enough to fill the device, and since they wait for each other, not more than it holds
     const auto & info = ggml_cuda_info().devices[ctx.device];
     a.n_part = info.supports_cooperative_launch ?
-        std::clamp(info.nsm/(per_pass*a.n_head_kv), 1, std::min(MAX_PART, n_tile)) : 1;
+        std::clamp(info.nsm/(per_pass*a.n_head_kv), 1, std::min(MAX_PART, a.n_tile)) : 1;
     a.part_log2 = 0;
     while (1 << a.part_log2 < a.n_part) {
         a.part_log2++;
     }
-    a.n_run = (n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
+    a.n_run = (a.n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
+
+    // a block that has twice its share of the selected cells still offers them all
+    a.n_offer = a.n_part > 1 ? MIN_OFFER : 0;
+    while (a.n_offer > 0 && a.n_offer*a.n_part < 2*a.budget) {
+        a.n_offer *= 2;
+    }
+    if (a.n_offer > MAX_OFFER || a.n_offer*a.n_part > ALL_OFFER) {
+        a.n_offer = 0;
+    }
 
     a.row_size = ggml_fasa_buft_is_mapped(ggml_backend_buffer_get_type(k->buffer)) ? 0 :
         std::max(ggml_row_size(a.k_type, a.d_k), ggml_row_size(a.v_type, a.d_v));

@@ -1,8 +1,9 @@
 // Stage select on CUDA: the budget best cells of a unit, by key descending then cell ascending.
 //
-// The blocks of a unit share its cells. Each turns scores into keys and counts them by their leading digit (select_count);
-// the bin of the common histogram where the budget ends then splits the cells into selected ones, others, and candidates
-// (select_offer); what the blocks offer as candidates is ranked exactly (select_cells). In between, they wait for each other.
+// The blocks of a unit share its cells. Each turns scores into keys and counts them by their leading digit (select_keys). If
+// each tells the others its best cells, that is nearly always enough (select_by_offers). Else they add up their counts, and wait;
+// the bin where the budget ends splits the cells into selected ones, others, and candidates (select_offer); they wait again, and
+// rank the candidates (select_cells).
 
 #pragma once
 
@@ -12,48 +13,54 @@ namespace fasa {
 
 static_assert(4*FAC_THREAD == N_BIN, "a thread looks at four bins");
 
-constexpr int N_OWN = 256; // cells at or above the threshold's bin that a block sorts at once
-constexpr int OFFER = 32;  // candidates of a block that the others rank at once
-static_assert(OFFER == WARP_SIZE && MAX_PART <= FAC_WARP, "a warp looks at what a block offers");
+constexpr int N_OWN     = 256; // cells at or above the threshold's bin that a block sorts at once
+constexpr int OFFER     = 32;  // candidates of a block that the others rank at once
+constexpr int MAX_CAND  = MAX_PART*OFFER;
+constexpr int MIN_OFFER = 64;  // cells that a block offers, a power of two
+constexpr int ALL_OFFER = 4*FAC_THREAD; // of the blocks of a unit
+static_assert(OFFER == WARP_SIZE && MAX_PART <= FAC_WARP, "a warp looks at the candidates of a block");
+static_assert(MAX_OFFER <= N_OWN, "a block sorts what it offers");
+
+constexpr uint64_t NO_OFFER = 1;          // less than any rank
+constexpr uint64_t BOUND    = 1ull << 32; // with the bound in the lower half
 
 struct alignas(16) select_shared {
     uint32_t hist[N_BIN];
     uint64_t own[N_OWN];             // key << 32 | ~cell
-    uint64_t mine[OFFER];            // what the block offers
-    uint64_t cand[MAX_PART*OFFER];   // what all blocks offer
-    uint64_t softmax[MAX_GROUP];     // what unit_sums has of a unit's only block
+    uint64_t mine[N_OWN];            // candidates of the block
+    uint64_t cand[MAX_CAND];         // candidates of all blocks
+    uint64_t softmax[MAX_GROUP];     // as in the block's letter
     float    shift[MAX_GROUP];       // of each head, what makes 2^(score - shift) its softmax
     float2   sums[MAX_GROUP][FAC_WARP];     // of tip
     uint32_t warps[FAC_WARP];
-    uint32_t n_own, n_cand, n_offer; // cells in own, candidates of them, candidates of all blocks
+    uint32_t n_own, n_cand, n_all;   // cells in own, candidates of them, candidates of all blocks
+    uint32_t bound;                  // a cell that its block has not offered has a smaller key
     int      result[2];
     int      written[GGML_FASA_JOINED_MAX]; // see write_cells
 };
 
-// Sum of x over the threads before this one in the block; total over all.
-static __device__ __forceinline__ uint32_t block_scan(uint32_t x, uint32_t * warps, uint32_t * total) {
+// Sum of x over the lanes up to this one.
+static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
+#pragma unroll
+    for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
+        const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, x, offset);
+        x += (int) threadIdx.x%WARP_SIZE >= offset ? below : 0;
+    }
+    return x;
+}
+
+// Sum of x over the threads of the warps before this one; total over all. x_warp: sum of x over this warp. warps: not read any more
+// from a call before.
+static __device__ __forceinline__ uint32_t warps_before(uint32_t x_warp, uint32_t * warps, uint32_t * total) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
-
-    auto scan = [&](uint32_t sum) {
-#pragma unroll
-        for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
-            const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
-            sum += lane >= offset ? below : 0;
-        }
-        return sum;
-    };
-    const uint32_t sum = scan(x);
-    __syncthreads(); // warps may still be read from the call before
-    if (lane == WARP_SIZE - 1) {
-        warps[warp] = sum;
+    if (lane == 0) {
+        warps[warp] = x_warp;
     }
     __syncthreads();
-
-    const uint32_t all = scan(lane < FAC_WARP ? warps[lane] : 0);
-    *total = __shfl_sync(0xFFFFFFFFu, all, FAC_WARP - 1);
-    const uint32_t before = __shfl_sync(0xFFFFFFFFu, all, (warp + WARP_SIZE - 1)%WARP_SIZE);
-    return (warp > 0 ? before : 0) + sum - x;
+    const int of_lane = lane < FAC_WARP ? warps[lane] : 0;
+    *total = warp_reduce_sum(of_lane);
+    return warp_reduce_sum(lane < warp ? of_lane : 0);
 }
 
 // The largest bin b with hist[b] + hist[b + 1] + ... >= need, and the count beyond b; if all bins hold less than need, b is -1.
@@ -69,16 +76,21 @@ static __device__ __noinline__ bin_found find_bin(const uint32_t * hist, int n_b
     if (first >= 0) {
         n = *(const uint4 *) (hist + first);
     }
+    const uint32_t mine   = n.x + n.y + n.z + n.w;
+    const uint32_t x_warp = warp_reduce_sum((int) mine);
     uint32_t total;
-    uint32_t sum = block_scan(n.x + n.y + n.z + n.w, sh.warps, &total);
-    const uint32_t count[4] = { n.w, n.z, n.y, n.x };
+    uint32_t sum = warps_before(x_warp, sh.warps, &total);
+    if (sum < need && sum + x_warp >= need) { // the warp has it
+        sum += warp_scan(mine) - mine;
+        const uint32_t count[4] = { n.w, n.z, n.y, n.x };
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (sum < need && sum + count[i] >= need) {
-            sh.result[0] = first + 3 - i;
-            sh.result[1] = sum;
+        for (int i = 0; i < 4; ++i) {
+            if (sum < need && sum + count[i] >= need) {
+                sh.result[0] = first + 3 - i;
+                sh.result[1] = sum;
+            }
+            sum += count[i];
         }
-        sum += count[i];
     }
     __syncthreads();
     if (total < need) {
@@ -87,32 +99,24 @@ static __device__ __noinline__ bin_found find_bin(const uint32_t * hist, int n_b
     return { sh.result[0], (uint32_t) sh.result[1] };
 }
 
-// Softmax sums of a head over the cells of a block, when they are there. They are their own flags, and no fence is needed.
-static __device__ __forceinline__ float2 wait_sums(
-        const attn_args & a, const unit & u, const select_shared & sh, int block, int head) {
-    const uint64_t * at = a.n_part > 1 ? a.sums[u.at].softmax[block] + head : nullptr;
-    uint64_t now = sh.softmax[head];
-    while (at) {
-#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
-        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(at) : "memory");
-#else
-        now = *(const volatile uint64_t *) at;
-#endif
-        if (now != 0) {
-            break;
-        }
+static __device__ __forceinline__ void count_key(select_shared & sh, uint32_t key) {
+    if (key != KEY_HIDDEN) {
+        atomicAdd(&sh.hist[bin_of(key)], 1);
     }
-    return make_float2(__uint_as_float((uint32_t) now), __uint_as_float(now >> 32));
 }
 
-// Keys of the block's cells in the place of the first head's scores, and their histogram into that of the unit. score: of
-// tip_scores. sh.hist must be zero.
+// Keys of the block's cells in the place of the first head's scores, and their histogram into sh.hist, which must be zero.
+// score: of tip_scores.
 template <int NH>
-static __device__ __forceinline__ void select_count(const attn_args & a, const unit & u, select_shared & sh, float * score) {
+static __device__ __forceinline__ void select_keys(const attn_args & a, const unit & u, select_shared & sh, float * score) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
     if (warp < a.n_group) {
-        const float2 x = softmax_sum(lane < a.n_part ? wait_sums(a, u, sh, lane, warp) : make_float2(SCORE_NONE, 0.0f));
+        float2 x = make_float2(SCORE_NONE, 0.0f);
+        if (lane < a.n_part) {
+            x = unpack(a.n_part > 1 ? read_word(letter_of(a, u, lane).softmax + warp) : sh.softmax[warp]);
+        }
+        x = softmax_sum(x);
         if (lane == 0) {
             sh.shift[warp] = x.y > 0.0f ? x.x + log2f(x.y) : INFINITY; // infinite: no weight
         }
@@ -142,25 +146,12 @@ static __device__ __forceinline__ void select_count(const attn_args & a, const u
         };
         const uint4 key = make_uint4(key_of(first.x, p[0]), key_of(first.y, p[1]), key_of(first.z, p[2]), key_of(first.w, p[3]));
         *(uint4 *) (score + i) = key;
-        auto count = [&](uint32_t k) {
-            if (k != KEY_HIDDEN) {
-                atomicAdd(&sh.hist[bin_of(k)], 1);
-            }
-        };
-        count(key.x);
-        count(key.y);
-        count(key.z);
-        count(key.w);
+        count_key(sh, key.x);
+        count_key(sh, key.y);
+        count_key(sh, key.z);
+        count_key(sh, key.w);
     }
     __syncthreads();
-    if (a.n_part > 1) {
-#pragma unroll 1
-        for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
-            if (sh.hist[b] > 0) {
-                atomicAdd(a.sums[u.at].hist + b, sh.hist[b]);
-            }
-        }
-    }
 }
 
 // Asks for the K and V rows of a cell ahead of time.
@@ -174,12 +165,12 @@ static __device__ __forceinline__ void prefetch_cell(const attn_args & a, const 
     }
 }
 
-// Calls f(cell, key) for the cells of this thread whose key is at least lo. Such cells like to be neighbours: those are for other
-// threads.
+// Calls f(cell, key) for the cells of this thread whose key is at least lo, which is not 0. Such cells like to be neighbours:
+// those are for other threads.
 template <typename F>
 static __device__ __forceinline__ void select_each(
         const attn_args & a, const unit & u, const uint32_t * key, uint32_t lo, F && f) {
-    constexpr int N = 4; // looked at together
+    constexpr int N = 16; // looked at together
 #pragma unroll 1
     for (int base = threadIdx.x; base < a.n_run; base += N*FAC_THREAD) {
         uint32_t k[N];
@@ -188,14 +179,15 @@ static __device__ __forceinline__ void select_each(
             const int i = base + c*FAC_THREAD;
             k[c] = i < a.n_run ? key[i] : KEY_HIDDEN;
         }
-        if (max(max(k[0], k[1]), max(k[2], k[3])) < lo) {
-            continue;
+        uint32_t found = 0;
+#pragma unroll
+        for (int c = 0; c < N; ++c) {
+            found |= k[c] >= lo ? 1u << c : 0;
         }
 #pragma unroll 1
-        for (int i = base; i < a.n_run && i < base + N*FAC_THREAD; i += FAC_THREAD) { // rarely here: short code is worth more
-            if (key[i] >= lo) {
-                f(cell_of(a, u, i), key[i]);
-            }
+        for (; found != 0; found &= found - 1) {
+            const int i = base + (__ffs(found) - 1)*FAC_THREAD;
+            f(cell_of(a, u, i), key[i]);
         }
     }
 }
@@ -203,6 +195,141 @@ static __device__ __forceinline__ void select_each(
 // Orders a cell like its key, and cells of one key from the first to the last. 0 of none.
 static __device__ __forceinline__ uint64_t rank_of(int t, uint32_t key) {
     return (uint64_t) key << 32 | (uint32_t) ~t;
+}
+
+constexpr int RANK_LANE = 8; // threads that rank one cell
+
+// How many of the n numbers in x are larger than c, for all RANK_LANE threads of a cell. A warp calls it together.
+static __device__ __forceinline__ uint32_t count_larger(const uint64_t * x, uint32_t n, uint64_t c) {
+    uint32_t larger = 0;
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x%RANK_LANE; i < n; i += RANK_LANE) {
+        larger += x[i] > c;
+    }
+#pragma unroll
+    for (int o = 1; o < RANK_LANE; o *= 2) {
+        larger += __shfl_xor_sync(0xFFFFFFFFu, larger, o);
+    }
+    return larger;
+}
+
+// How many of the block's candidates, sh.mine, are among the n_rest best of all, sh.cand.
+static __device__ __forceinline__ int rank_candidates(const select_shared & sh, uint32_t n_rest) {
+    int n = 0;
+#pragma unroll 1
+    for (uint32_t base = 0; base < sh.n_cand; base += FAC_THREAD/RANK_LANE) {
+        const uint32_t i      = base + threadIdx.x/RANK_LANE;
+        const uint32_t larger = count_larger(sh.cand, sh.n_all, i < sh.n_cand ? sh.mine[i] : 0);
+        n += __syncthreads_count(i < sh.n_cand && larger < n_rest && threadIdx.x%RANK_LANE == 0);
+    }
+    return n;
+}
+
+// The block's cells in sh.own, the first n of them, into list, best first. The list depends on keys and cells alone.
+static __device__ __forceinline__ void sort_own(const attn_args & a, const select_shared & sh, uint32_t n, int32_t * list) {
+#pragma unroll 1
+    for (uint32_t base = 0; base < n; base += FAC_THREAD/RANK_LANE) {
+        const uint32_t i = base + threadIdx.x/RANK_LANE;
+        const uint64_t c = i < n ? sh.own[i] : 0;
+        const uint32_t place = count_larger(sh.own, n, c);
+        if (c != 0 && threadIdx.x%RANK_LANE == 0 && place < a.budget) {
+            list[place] = ~(uint32_t) c;
+        }
+    }
+    __syncthreads();
+}
+
+// Select with one wait. Each block offers its best cells, as many as n_offer of them by whole bins, and tells the bound below
+// which it has others. The budget best of all offers are the selected cells unless one of them is below a bound. Returns how many
+// the block has of them, the first of list; -1 if offers do not tell. meanwhile(n): called when only the others are waited for,
+// with n cells in the list, in which the selected ones are the first.
+template <typename F>
+static __device__ __forceinline__ int select_by_offers(
+        const attn_args & a, const unit & u, select_shared & sh, const uint32_t * key, int32_t * list, F && meanwhile) {
+    constexpr int N = ALL_OFFER/FAC_THREAD;
+
+    const bin_found own = find_bin(sh.hist, N_BIN, a.n_offer + 1, sh);
+    const uint32_t n_own = own.above;
+    const uint32_t lo    = own.bin >= 0 ? bin_base(own.bin + 1) : 1;
+    ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0); // now for the offers
+    select_each(a, u, key, lo, [&](int t, uint32_t k) {
+        sh.own[atomicAdd(&sh.n_own, 1)] = rank_of(t, k);
+    });
+    __syncthreads();
+    block_letter & mine = letter_of(a, u, u.rank);
+    if (threadIdx.x < a.n_offer) {
+        put_word(mine.offers + threadIdx.x, threadIdx.x < n_own ? sh.own[threadIdx.x] : NO_OFFER);
+    }
+    if (threadIdx.x == 0) {
+        put_word(&mine.bound, BOUND | (own.bin >= 0 ? lo : 0));
+    }
+    sort_own(a, sh, n_own, list);
+    meanwhile(min((int) n_own, a.budget));
+
+    uint64_t seen[N];
+    const uint64_t * at[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int o = i*FAC_THREAD + threadIdx.x;
+        at[i]   = letter_of(a, u, min(o/a.n_offer, a.n_part - 1)).offers + o%a.n_offer;
+        seen[i] = o < a.n_part*a.n_offer ? look_at_word(at[i]) : NO_OFFER;
+    }
+    if (threadIdx.x < a.n_part) {
+        atomicMax(&sh.bound, (uint32_t) read_word(&letter_of(a, u, threadIdx.x).bound));
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (seen[i] == 0) {
+            seen[i] = read_word(at[i]);
+        }
+        count_key(sh, seen[i] >> 32);
+    }
+    __syncthreads();
+    const bin_found found = find_bin(sh.hist, N_BIN, a.budget, sh);
+    if (found.bin < 0) {
+        return sh.bound == 0 ? n_own : -1;
+    }
+    const uint32_t least = bin_base(found.bin);     // of the candidates
+    const uint32_t most  = bin_base(found.bin + 1); // is selected for certain
+    if (least < sh.bound) {
+        return -1;
+    }
+    auto is_candidate = [&](uint64_t rank) {
+        return rank >> 32 >= least && rank >> 32 < most;
+    };
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (is_candidate(seen[i])) {
+            const uint32_t place = atomicAdd(&sh.n_all, 1);
+            if (place < MAX_CAND) {
+                sh.cand[place] = seen[i];
+            }
+        }
+    }
+    const uint64_t my_own = threadIdx.x < n_own ? sh.own[threadIdx.x] : 0;
+    if (is_candidate(my_own)) {
+        sh.mine[atomicAdd(&sh.n_cand, 1)] = my_own;
+    }
+    const int n_sure = __syncthreads_count(my_own >> 32 >= most);
+    if (sh.n_all > MAX_CAND) {
+        return -1;
+    }
+    return n_sure + rank_candidates(sh, a.budget - found.above);
+}
+
+// Counts anew for the blocks of a unit what select_by_offers has counted, and adds it up.
+static __device__ __noinline__ void select_recount(const attn_args & a, const unit u, select_shared & sh, const uint32_t * key) {
+    __syncthreads();
+    ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x == 0) {
+        sh.n_own = sh.n_cand = sh.n_all = 0;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < a.n_run; i += FAC_THREAD) {
+        count_key(sh, key[i]);
+    }
+    __syncthreads();
 }
 
 // The n_rest-th largest of a unit's candidates, digit by digit; all differ, since the cell is a part of them.
@@ -252,7 +379,8 @@ static __device__ __noinline__ int select_many(
     };
     each([&](int) { own++; });
     uint32_t n;
-    uint32_t at = block_scan(own, sh.warps, &n);
+    const uint32_t up_to = warp_scan(own);
+    uint32_t at = warps_before(__shfl_sync(0xFFFFFFFFu, up_to, WARP_SIZE - 1), sh.warps, &n) + up_to - own;
     each([&](int t) { list[at++] = t; });
     __syncthreads();
     return n;
@@ -266,29 +394,26 @@ struct select_state {
     uint32_t n_own;  // cells of the block with keys of at least lo; at most N_OWN of them are in the list, best first
 };
 
-constexpr int RANK_LANE = 8; // threads that rank one cell
-
-// How many of the n numbers in x are larger than c, for all RANK_LANE threads of a cell. A warp calls it together.
-static __device__ __forceinline__ uint32_t count_larger(const uint64_t * x, uint32_t n, uint64_t c) {
-    uint32_t larger = 0;
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x%RANK_LANE; i < n; i += RANK_LANE) {
-        larger += x[i] > c;
-    }
-#pragma unroll
-    for (int o = 1; o < RANK_LANE; o *= 2) {
-        larger += __shfl_xor_sync(0xFFFFFFFFu, larger, o);
-    }
-    return larger;
-}
-
-// First half of select: offers candidates, and puts the block's cells with keys of at least lo into list. key: of select_count.
-// A unit's blocks call it together, after they have waited for each other for the turn before. sh: counts must be zero.
+// First half of select with two waits, or with none for a unit's only block: offers candidates, and puts the block's cells with
+// keys of at least lo into list. key: of select_keys. A unit's blocks call it together. sh: of select_keys, counts must be zero.
 static __device__ __forceinline__ select_state select_offer(
-        const attn_args & a, const unit & u, int turn, select_shared & sh, const uint32_t * key, int32_t * list) {
+        const attn_args & a, const unit & u, select_shared & sh, const uint32_t * key, int32_t * list) {
     unsigned long long * cand = (unsigned long long *) a.cand + ((size_t) u.at*a.n_part + u.rank)*a.n_run;
 
-    const bin_found found = find_bin(a.n_part > 1 ? a.sums[u.at].hist : sh.hist, N_BIN, a.budget, sh);
+    if (threadIdx.x < OFFER) { // others read so many
+        __stcg(cand + threadIdx.x, 0);
+    }
+    if (a.n_part > 1) {
+#pragma unroll 1
+        for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
+            if (sh.hist[b] > 0) {
+                atomicAdd(a.sync[u.at].hist + b, sh.hist[b]);
+            }
+        }
+    }
+    unit_arrive(a, u, 1);
+    unit_wait(a, u, 1);
+    const bin_found found = find_bin(a.n_part > 1 ? a.sync[u.at].hist : sh.hist, N_BIN, a.budget, sh);
     select_state now;
     now.lo     = found.bin >= 0 ? bin_base(found.bin) : 1;
     now.hi     = found.bin >= 0 ? bin_base(found.bin + 1) : now.lo;
@@ -314,38 +439,23 @@ static __device__ __forceinline__ select_state select_offer(
         if (threadIdx.x == 0) {
             __stcg(a.sync[u.at].n_cand + u.rank, sh.n_cand);
         }
-        unit_arrive(a, u, turn);
+        unit_arrive(a, u, 2);
     }
-
-    // the place of a cell in the list: as many of the block's cells come before it
     now.n_own = sh.n_own;
-#pragma unroll 1
-    for (uint32_t base = 0; base < min(now.n_own, N_OWN); base += FAC_THREAD/RANK_LANE) {
-        const uint32_t i = base + threadIdx.x/RANK_LANE;
-        const uint64_t c = i < now.n_own && i < N_OWN ? sh.own[i] : 0;
-        const uint32_t place = count_larger(sh.own, min(now.n_own, N_OWN), c);
-        if (c != 0 && threadIdx.x%RANK_LANE == 0) {
-            if (place < a.budget) {
-                list[place] = ~(uint32_t) c;
-            }
-        }
-    }
-    __syncthreads();
+    sort_own(a, sh, min(now.n_own, N_OWN), list);
     return now;
 }
 
-// Second half of select: the block's selected cells are the first of list; returns how many. Their order depends on keys and
-// cells alone.
+// Second half: the block's selected cells are the first of list; returns how many.
 static __device__ __forceinline__ int select_cells(
-        const attn_args & a, const unit & u, int turn, select_shared & sh, const select_state & now, const uint32_t * key,
-        int32_t * list) {
+        const attn_args & a, const unit & u, select_shared & sh, const select_state & now, const uint32_t * key, int32_t * list) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
 
     if (now.n_rest == 0) {
         return now.n_own <= N_OWN ? now.n_own : select_many(a, u, sh, key, now.lo, 0, list);
     }
-    unit_wait(a, u, turn);
+    unit_wait(a, u, 2);
 
     // warp b looks at what block b offers
     const unsigned long long * cand = (const unsigned long long *) a.cand + ((size_t) u.at*a.n_part + warp)*a.n_run;
@@ -355,14 +465,10 @@ static __device__ __forceinline__ int select_cells(
         return select_many(a, u, sh, key, now.lo, now.n_rest, list);
     }
     if (lane < __shfl_sync(0xFFFFFFFFu, n, warp)) {
-        sh.cand[atomicAdd(&sh.n_offer, 1)] = mine;
+        sh.cand[atomicAdd(&sh.n_all, 1)] = mine;
     }
     __syncthreads();
-    const uint32_t i = threadIdx.x/RANK_LANE;
-    static_assert(FAC_THREAD/RANK_LANE >= OFFER, "all are ranked at once");
-    const uint32_t larger = count_larger(sh.cand, sh.n_offer, i < sh.n_cand ? sh.mine[i] : 0);
-    const bool     take   = i < sh.n_cand && larger < now.n_rest;
-    return now.n_own - sh.n_cand + __syncthreads_count(take && threadIdx.x%RANK_LANE == 0);
+    return now.n_own - sh.n_cand + rank_candidates(sh, now.n_rest);
 }
 
 } // namespace fasa

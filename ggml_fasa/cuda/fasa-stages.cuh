@@ -10,6 +10,12 @@
 
 namespace fasa {
 
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
+constexpr bool FASA_MMA = true; // whether fac has its matrix instructions
+#else
+constexpr bool FASA_MMA = false;
+#endif
+
 constexpr int N_BIN = 2048; // of the histogram over the leading digit of keys
 
 constexpr float LOG2E = 1.44269504f;
@@ -42,21 +48,28 @@ static __device__ __forceinline__ uint32_t bin_base(int bin) {
 }
 
 constexpr int MAX_GROUP  = 16;  // heads of a unit
+constexpr int MAX_D_V    = 256; // values of a V row
 constexpr int MAX_PART   = 16;  // blocks of a unit: a warp looks at what each offers
+constexpr int MAX_OFFER  = 256; // cells that a block offers to the others of its unit, see select_by_offers
 constexpr int FAC_THREAD = 512; // threads of a block
 constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
-// Where the blocks of a unit meet. turn and n_done are 0 before a launch and after it.
-struct unit_sync {
+// Where the blocks of a unit meet, beside their letters. All but n_cand is 0 before a launch and after it.
+struct alignas(16) unit_sync {
+    uint32_t hist[N_BIN];      // visible cells by bin of their keys
     uint32_t turn[MAX_PART];   // how often each block has arrived
     uint32_t n_cand[MAX_PART]; // candidates of each block
     uint32_t n_done;           // blocks that wait for no other any more
 };
 
-// What the blocks of a unit add up. All 0 before a launch and after it.
-struct unit_sums {
-    uint64_t softmax[MAX_PART][MAX_GROUP]; // of each block and head: bits of the largest score m, then of the sum of 2^(score - m)
-    uint32_t hist[N_BIN];                  // visible cells by bin of their keys
+// What a block tells the others of its unit. A word that is not 0 has been written: it is its own flag, and no fence is needed.
+// All 0 before a launch and after it.
+struct alignas(16) block_letter {
+    uint64_t softmax[MAX_GROUP];       // of each head: bits of the largest score m, then of the sum of 2^(score - m)
+    uint64_t offers[MAX_OFFER];        // see select_by_offers
+    uint64_t bound;
+    uint64_t tops[MAX_PART][MAX_GROUP]; // for each block and head: bits of the largest logit m, then of the sum of 2^(logit - m)
+    uint32_t part[MAX_GROUP*MAX_D_V];   // of each head the sum of p * v, bits inverted
 };
 
 // Where things are in the dynamic shared memory of a block, in floats, each a multiple of 4.
@@ -97,9 +110,11 @@ struct attn_args {
     int n_slot;    // n_group rounded up to n_fac
     int n_part;    // blocks of a unit; block r owns tiles r, r + n_part, ...
     int part_log2; // of n_part rounded up to a power of two
+    int n_tile;    // of the cache
     int n_run;     // cells that a block owns, those beyond n_kv included
     int score_len; // cells whose scores it keeps in shared memory, n_run; 0: in global memory
     int list_len;  // selected cells that it keeps in shared memory, budget; 0: in global memory
+    int n_offer;   // cells that a block offers, a power of two; 0: none do
     int row_size;  // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
     int row0;      // first query row of this launch, over all streams
 
@@ -107,11 +122,11 @@ struct attn_args {
 
     // Global memory of the blocks, for each unit of the launch.
     unit_sync * sync;    // [1], for several blocks see set_meeting_place
-    unit_sums * sums;    // [1], for several blocks only
+    block_letter * letters; // [n_part], for several blocks only
     uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
     float     * score;   // [n_part][n_group][n_run] if score_len is 0, see tip_scores
     int32_t   * list;    // [n_part][budget] if list_len is 0
-    float     * part;    // [n_part][n_group][d_v + 2], see fac_heads
+    float     * part;    // [n_group][d_v + 2] of a unit's only block, see fac_heads
 
     row_args         rows;
     index_write_args write;        // done before tip; n_write may be 0
@@ -137,8 +152,67 @@ static __device__ __forceinline__ int cell_of(const attn_args & a, const unit & 
     return (i/GGML_FASA_TILE*a.n_part + u.rank)*GGML_FASA_TILE + i%GGML_FASA_TILE;
 }
 
-// The blocks of a unit wait for each other: all of them are on the device together (see run_attn). What they wrote before they
-// arrived is visible after the wait.
+// What block b of a unit of several tells.
+static __device__ __forceinline__ block_letter & letter_of(const attn_args & a, const unit & u, int b) {
+    return a.letters[u.at*a.n_part + b];
+}
+
+// A word of a letter. x: not 0, but to clear the word when all have read it.
+static __device__ __forceinline__ void put_word(uint32_t * at, uint32_t x) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(x) : "memory");
+#else
+    *(volatile uint32_t *) at = x;
+#endif
+}
+
+static __device__ __forceinline__ void put_word(uint64_t * at, uint64_t x) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(x) : "memory");
+#else
+    *(volatile uint64_t *) at = x;
+#endif
+}
+
+static __device__ __forceinline__ uint32_t look_at_word(const uint32_t * at) {
+    uint32_t x;
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+#else
+    x = *(const volatile uint32_t *) at;
+#endif
+    return x;
+}
+
+static __device__ __forceinline__ uint64_t look_at_word(const uint64_t * at) {
+    uint64_t x;
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(at) : "memory");
+#else
+    x = *(const volatile uint64_t *) at;
+#endif
+    return x;
+}
+
+// Waits for a word. The blocks of a unit wait for each other: all of them are on the device together (see run_attn).
+template <typename T>
+static __device__ __forceinline__ T read_word(const T * at) {
+    T x;
+    do {
+        x = look_at_word(at);
+    } while (x == 0);
+    return x;
+}
+
+static __device__ __forceinline__ uint64_t pack(float x, float y) {
+    return (uint64_t) __float_as_uint(y) << 32 | __float_as_uint(x);
+}
+
+static __device__ __forceinline__ float2 unpack(uint64_t bits) {
+    return make_float2(__uint_as_float((uint32_t) bits), __uint_as_float(bits >> 32));
+}
+
+// Where words do not do: what blocks wrote before they arrived is visible after the wait.
 static __device__ __forceinline__ void unit_arrive(const attn_args & a, const unit & u, uint32_t turn) {
     __syncthreads();
     if (a.n_part > 1 && threadIdx.x == 0) {
@@ -244,11 +318,16 @@ static __device__ __forceinline__ float warp_sum(float x) {
 }
 
 static __device__ __forceinline__ float warp_max(float x) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_AMPERE
+    auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }; // like the number, and back
+    return __int_as_float(ordered(__reduce_max_sync(0xFFFFFFFFu, ordered(__float_as_int(x)))));
+#else
 #pragma unroll
     for (int o = WARP_SIZE/2; o > 0; o /= 2) {
         x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, o));
     }
     return x;
+#endif
 }
 
 constexpr float SCORE_NONE = -1e30f; // of no cell at all; finite, so that differences are numbers

@@ -53,6 +53,7 @@ static __device__ __forceinline__ tip_q tip_load_q(
     if (in[1]) {
         x[1] = *(const float4 *) (src + 4*(lane + WARP_SIZE));
     }
+    __syncthreads(); // loads come back in the order in which they were asked for
     meanwhile();
     if (h < a.n_slot) {
         const float on = h < a.n_group ? a.scale : 0.0f; // heads that only fill a slot
@@ -246,13 +247,15 @@ static __device__ __forceinline__ void tip_cells_int(
     }
 }
 
-// Asks for the index of the block's cells. May run before the kernels that this one depends on have ended. The lanes of a warp ask
-// one after the other, so neighbouring tiles are for other warps.
-static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane) {
+constexpr int TIP_AHEAD = 4*FAC_WARP; // tiles of a block that are asked for before tip needs them
+
+// Asks for n tiles of the block, from tile first on, one for each of the warp's first lanes. May run before the kernels that this
+// one depends on have ended. Each tile costs some cycles, whoever asks.
+static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const unit & u, const char * plane, int first, int n) {
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-#pragma unroll 1
-    for (int i = threadIdx.x%WARP_SIZE*FAC_WARP + threadIdx.x/WARP_SIZE; GGML_FASA_TILE*i < a.n_run; i += FAC_THREAD) {
-        const int t = cell_of(a, u, GGML_FASA_TILE*i);
+    const int lane = threadIdx.x%WARP_SIZE;
+    if (lane < n && GGML_FASA_TILE*(first + lane) < a.n_run) {
+        const int t = cell_of(a, u, GGML_FASA_TILE*(first + lane));
         if (t < a.n_kv) {
             const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(tile), "r"(a.tile_size));
@@ -262,10 +265,12 @@ static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const u
     GGML_UNUSED(a);
     GGML_UNUSED(u);
     GGML_UNUSED(plane);
+    GGML_UNUSED(first);
+    GGML_UNUSED(n);
 }
 
 // Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, -inf of hidden cells; the block's softmax sums
-// into softmax and, for others, unit_sums. Of the first head the lowest bit says whether the cell is forced: a score is not known
+// into softmax and, for others, its letter. Of the first head the lowest bit says whether the cell is forced: a score is not known
 // that well. NH: heads scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
@@ -286,6 +291,9 @@ static __device__ __forceinline__ void tip_scores(
 #pragma unroll 1
         for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
             const int t = cell_of(a, u, i);
+            if (h0 == 0) {
+                tip_prefetch(a, u, plane, (i - 4*lane)/GGML_FASA_TILE + TIP_AHEAD, 4*WARP_SIZE/GGML_FASA_TILE);
+            }
             float s[NH][4] = {};
             if (t < a.n_kv) {
                 const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
@@ -339,10 +347,9 @@ static __device__ __forceinline__ void tip_scores(
             const float2 sum = softmax_sum(lane < FAC_WARP ? sums[warp][lane] : make_float2(SCORE_NONE, 0.0f));
             if (lane == 0) {
                 // not 0 as a whole: the largest score of a block without visible cells is SCORE_NONE
-                const unsigned long long bits = (unsigned long long) __float_as_uint(sum.y) << 32 | __float_as_uint(sum.x);
-                softmax[h0 + warp] = bits;
+                softmax[h0 + warp] = pack(sum.x, sum.y);
                 if (a.n_part > 1) {
-                    __stcg((unsigned long long *) a.sums[u.at].softmax[u.rank] + h0 + warp, bits);
+                    put_word(letter_of(a, u, u.rank).softmax + h0 + warp, pack(sum.x, sum.y));
                 }
             }
         }
