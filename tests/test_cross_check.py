@@ -82,10 +82,16 @@ def captured(q, k, positions, fcs):
 
 
 def dropped_one_by_one(q, k, positions, n_tip):
-    """The FCs of one KV head that are left after dropping those without which the others capture most."""
+    """The FCs of one KV head that are left after dropping those without which the others capture most; every second query
+    says which half of them come into question."""
     chosen = list(range(k.shape[1] // 2))
+
+    def without(fc, at):
+        return captured(q, k, at, [c for c in chosen if c != fc])
+
     while len(chosen) > n_tip:
-        chosen.remove(max(chosen, key=lambda fc: captured(q, k, positions, [c for c in chosen if c != fc])))
+        half = sorted(chosen, key=lambda fc: -without(fc, positions[::2]))[: (len(chosen) + 1) // 2]
+        chosen.remove(max(sorted(half), key=lambda fc: without(fc, positions)))
     return chosen
 
 
