@@ -200,25 +200,28 @@ def _free(group, rules):
 def choose_mass(group, n_tip, rules, rng, each=in_turn):
     """FCs with which select captures most dense attention mass, beyond the tokens that are forced anyway."""
     free = _free(group, rules)
-    mass = [group.attention(i).mean(axis=0)[f] for i, f in enumerate(free)]
+    mass = each(lambda i: group.attention(i).mean(axis=0)[free[i]], range(len(free)))
     return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], mass[i], rules.n_free), each)
 
 
 def choose_overlap(group, n_tip, rules, rng, each=in_turn):
     """FCs with which select finds most of the tokens that full scores would select, beyond the forced ones."""
     free = _free(group, rules)
-    wanted = []
-    for i, f in enumerate(free):
-        rank = tip_rank(group.logits(i))[f]
-        wanted.append(np.zeros(len(rank), np.float32))
-        wanted[-1][np.argsort(-rank, kind="stable")[: rules.n_free]] = 1
+
+    def best(i):
+        rank = tip_rank(group.logits(i))[free[i]]
+        wanted = np.zeros(len(rank), np.float32)
+        wanted[np.argsort(-rank, kind="stable")[: rules.n_free]] = 1
+        return wanted
+
+    wanted = each(best, range(len(free)))
     return choose_greedily(group, n_tip, lambda i, s: top_sum(tip_rank(s)[:, free[i]], wanted[i], rules.n_free), each)
 
 
 def choose_error(group, n_tip, rules, rng, each=in_turn):
     """FCs with which the output of attention over the selected tokens is nearest to the dense one."""
-    weights = [group.attention(i) for i in range(len(group.positions))]
-    dense = [group.output(w) for w in weights]
+    weights = each(group.attention, range(len(group.positions)))
+    dense = each(group.output, weights)
 
     def gain(i, scores):
         kept = [order_of_selection(rank, rules)[: rules.budget] for rank in tip_rank(scores)]
@@ -230,14 +233,18 @@ def choose_error(group, n_tip, rules, rng, each=in_turn):
 def choose_ca(group, n_tip, rules, rng, each=in_turn):
     """Contextual agreement (paper, equations 2 to 5): FCs whose top tokens agree best with the full head's, each FC
     on its own, averaged over the heads of the group. K of equation 2 is the budget; nothing is forced."""
-    agreement = np.zeros(group.n_fc)
-    for i in range(len(group.positions)):
+
+    def of_query(i):
+        agreement = np.zeros(group.n_fc)
         by_fc, full = group.fc_scores(i), group.logits(i)
         n = min(rules.budget, full.shape[-1])
         for head in range(len(full)):
             top = np.zeros(full.shape[-1], np.float32)
             top[np.argpartition(-full[head], n - 1)[:n]] = 1
             agreement += top_sum(by_fc[:, head], top, n)
+        return agreement
+
+    agreement = sum(each(of_query, range(len(group.positions))))
     return sorted(np.argsort(-agreement, kind="stable")[:n_tip].tolist())
 
 

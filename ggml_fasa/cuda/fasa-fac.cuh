@@ -75,6 +75,8 @@ struct fac_cell {
     }
 };
 
+constexpr int FAC_VALUES = 12288; // of K, and of V, that fac_heads_f16 has in shared memory
+
 // Threads for a row.
 static int fac_lanes(const attn_args & a) {
     const int d = std::max(a.d_k, a.d_v);
@@ -85,7 +87,7 @@ static int fac_lanes(const attn_args & a) {
 static int fac_shared(const attn_args & a) {
     const int n_cell = 2*FAC_THREAD/fac_lanes(a); // see there
     const int d      = 8*fac_lanes(a);
-    const int n_f16  = 12288/d;                             // see fac_rows
+    const int n_f16  = FAC_VALUES/d;              // see fac_rows
     return std::max({ n_cell*(d + a.n_fac), n_f16*(d + 8 + a.n_fac), FAC_THREAD + MAX_PART*a.n_group });
 }
 
@@ -273,7 +275,7 @@ template <int LANES>
 struct fac_rows {
     static constexpr int D      = 8*LANES;
     static constexpr int LEN    = D + 8;
-    static constexpr int N_CELL = 12288/D; // at once
+    static constexpr int N_CELL = FAC_VALUES/D; // at once
     static constexpr int STEP   = FAC_THREAD/LANES;
 
     half * k; // [N_CELL][LEN]

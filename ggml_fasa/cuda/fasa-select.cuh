@@ -317,7 +317,7 @@ static __device__ __forceinline__ int select_by_offers(
     return n_sure + rank_candidates(sh, a.budget - found.above);
 }
 
-// Counts anew for the blocks of a unit what select_by_offers has counted, and adds it up.
+// The block's keys in sh.hist again, after select_by_offers has counted offers there.
 static __device__ __noinline__ void select_recount(const attn_args & a, const unit u, select_shared & sh, const uint32_t * key) {
     __syncthreads();
     ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
