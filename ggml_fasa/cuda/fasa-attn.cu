@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     const uint32_t * key = (const uint32_t *) score;
 
     const char * mask = a.mask + u.s*a.mask_nb3 + u.t*a.mask_nb1;
-    const int t = cell_of(a, u, 4*threadIdx.x);
+    const int t = cell_of(a, u, first_cell(a));
     tip_held  first;
     const tip_q q = tip_load_q(a, u, dims.dim, shared + a.at.q, shared + a.at.tip, shared + a.at.score, [&] {
         first.load(a, plane, mask, t);
@@ -168,16 +168,17 @@ __global__ void __launch_bounds__(FAC_THREAD, 1) fasa_attn(FASA_KERNEL_ARG a) {
     // none looks any more at what was there before the parts
     if (threadIdx.x < a.n_offer) {
         put_word(letter_of(a, u, u.rank).offers + threadIdx.x, 0);
+    }
+    if (a.n_offer > 0 && threadIdx.x == 0) {
         put_word(&letter_of(a, u, u.rank).bound, 0);
     }
     if (added) {
-        unit_sync & sync = a.sync[u.at];
 #pragma unroll 1
         for (int b = u.rank*FAC_THREAD + threadIdx.x; b < N_BIN; b += a.n_part*FAC_THREAD) {
-            put_word(sync.hist + b, 0);
+            put_word(hist_of(a, u) + b, 0);
         }
         if (threadIdx.x == 0) {
-            put_word(sync.turn + u.rank, 0);
+            put_word(a.sync[u.at].turn + u.rank, 0);
         }
     }
     if constexpr (ROWS == ROWS_CACHED) {
@@ -283,12 +284,13 @@ static void set_meeting_place(attn_args & a, int device, cudaStream_t stream) {
     const std::lock_guard<std::mutex> lock(mutex);
     block_letter * & place = places[{ device, stream }];
     if (!place) {
-        const size_t size = n_block*sizeof(block_letter) + n_block/2*sizeof(unit_sync);
+        const size_t size = n_block*sizeof(block_letter) + n_block/2*(sizeof(unit_sync) + N_BIN*sizeof(uint32_t));
         CUDA_CHECK(cudaMalloc(&place, size));
         CUDA_CHECK(cudaMemsetAsync(place, 0, size, stream));
     }
     a.letters = place;
     a.sync    = (unit_sync *) (place + n_block);
+    a.hist    = (uint32_t *) (a.sync + n_block/2);
 }
 
 static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -363,6 +365,10 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         a.part_log2++;
     }
     a.n_run = (a.n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
+
+    const int rest = a.n_run%(4*FAC_THREAD);
+    a.n_even   = a.n_run - (rest*a.n_group <= 4*FAC_THREAD ? rest : 0);
+    a.div_rest = init_fastdiv_values(std::max(rest/4, 1));
 
     // a block that has twice its share of the selected cells still offers them all
     a.n_offer = a.n_part > 1 ? MIN_OFFER : 0;

@@ -75,7 +75,7 @@ struct fac_cell {
     }
 };
 
-constexpr int FAC_VALUES = 12288; // of K, and of V, that fac_heads_f16 has in shared memory
+constexpr int FAC_VALUES = 16384; // of K, and of V, that fac_heads_f16 has in shared memory
 
 // Threads for a row.
 static int fac_lanes(const attn_args & a) {

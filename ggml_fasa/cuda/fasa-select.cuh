@@ -64,13 +64,14 @@ static __device__ __forceinline__ uint32_t warps_before(uint32_t x_warp, uint32_
 }
 
 // The largest bin b with hist[b] + hist[b + 1] + ... >= need, and the count beyond b; if all bins hold less than need, b is -1.
-// n_bin: a multiple of 4, at most 4 for each thread.
+// n_bin: a multiple of 4, at most 4 for each thread. above, if given: may be hist, gets the count beyond each bin from b on.
 struct bin_found {
     int      bin;
     uint32_t above;
 };
 
-static __device__ __noinline__ bin_found find_bin(const uint32_t * hist, int n_bin, uint32_t need, select_shared & sh) {
+static __device__ __noinline__ bin_found find_bin(
+        const uint32_t * hist, int n_bin, uint32_t need, select_shared & sh, uint32_t * above = nullptr) {
     const int first = n_bin - 4 - 4*(int) threadIdx.x; // threads go down from the last bin
     uint4 n = make_uint4(0, 0, 0, 0);
     if (first >= 0) {
@@ -80,16 +81,21 @@ static __device__ __noinline__ bin_found find_bin(const uint32_t * hist, int n_b
     const uint32_t x_warp = warp_reduce_sum((int) mine);
     uint32_t total;
     uint32_t sum = warps_before(x_warp, sh.warps, &total);
-    if (sum < need && sum + x_warp >= need) { // the warp has it
+    if (sum < need) {
         sum += warp_scan(mine) - mine;
         const uint32_t count[4] = { n.w, n.z, n.y, n.x };
+        uint32_t beyond[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (sum < need && sum + count[i] >= need) {
                 sh.result[0] = first + 3 - i;
                 sh.result[1] = sum;
             }
+            beyond[i] = sum;
             sum += count[i];
+        }
+        if (above && first >= 0) {
+            *(uint4 *) (above + first) = make_uint4(beyond[3], beyond[2], beyond[1], beyond[0]);
         }
     }
     __syncthreads();
@@ -125,8 +131,11 @@ static __device__ __forceinline__ void select_keys(const attn_args & a, const un
     }
     __syncthreads();
 
+    auto key_of = [](uint32_t bits, float importance) {
+        return bits == 0xFF800000u ? KEY_HIDDEN : bits & 1 ? KEY_FORCED : __float_as_uint(importance) + 1;
+    };
 #pragma unroll 1
-    for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
+    for (int i = 4*threadIdx.x; i < a.n_even; i += 4*FAC_THREAD) {
         const uint4 first = *(const uint4 *) (score + i);
         float p[4] = {};
 #pragma unroll 1
@@ -141,15 +150,23 @@ static __device__ __forceinline__ void select_keys(const attn_args & a, const un
                 p[3] += exp2f(s.w - shift);
             }
         }
-        auto key_of = [](uint32_t bits, float importance) {
-            return bits == 0xFF800000u ? KEY_HIDDEN : bits & 1 ? KEY_FORCED : __float_as_uint(importance) + 1;
-        };
         const uint4 key = make_uint4(key_of(first.x, p[0]), key_of(first.y, p[1]), key_of(first.z, p[2]), key_of(first.w, p[3]));
         *(uint4 *) (score + i) = key;
         count_key(sh, key.x);
         count_key(sh, key.y);
         count_key(sh, key.z);
         count_key(sh, key.w);
+    }
+#pragma unroll 1
+    for (int i = a.n_even + threadIdx.x; i < a.n_run; i += FAC_THREAD) {
+        float p = 0.0f;
+#pragma unroll 4
+        for (int h = 0; h < a.n_group; ++h) {
+            p += exp2f(score[h*a.n_run + i] - sh.shift[h]);
+        }
+        const uint32_t key = key_of(__float_as_uint(score[i]), p);
+        ((uint32_t *) score)[i] = key;
+        count_key(sh, key);
     }
     __syncthreads();
 }
@@ -203,8 +220,10 @@ constexpr int RANK_LANE = 8; // threads that rank one cell
 static __device__ __forceinline__ uint32_t count_larger(const uint64_t * x, uint32_t n, uint64_t c) {
     uint32_t larger = 0;
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x%RANK_LANE; i < n; i += RANK_LANE) {
-        larger += x[i] > c;
+    for (uint32_t i = 2*(threadIdx.x%RANK_LANE); i < n; i += 2*RANK_LANE) {
+        const ulonglong2 two = *(const ulonglong2 *) (x + i);
+        larger += two.x > c;
+        larger += i + 1 < n && two.y > c;
     }
 #pragma unroll
     for (int o = 1; o < RANK_LANE; o *= 2) {
@@ -239,6 +258,31 @@ static __device__ __forceinline__ void sort_own(const attn_args & a, const selec
     __syncthreads();
 }
 
+constexpr int BIN_LANE = 4; // threads that rank one cell among those of its bin
+
+// As sort_own, of cells that lie bin by bin, the last bin first. sh.hist: of each of these bins, where the next one begins.
+static __device__ __forceinline__ void sort_bins(const attn_args & a, const select_shared & sh, uint32_t n, int32_t * list) {
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x/BIN_LANE; i < (n + 7)/8*8; i += FAC_THREAD/BIN_LANE) { // a warp together
+        const uint64_t c   = i < n ? sh.own[i] : 0;
+        const int      bin = i < n ? bin_of(c >> 32) : 0;
+        const uint32_t end = i < n ? sh.hist[bin] : 0;
+        uint32_t place = bin < BIN_FORCED ? sh.hist[bin + 1] : 0;
+        uint32_t larger = 0;
+#pragma unroll 1
+        for (uint32_t j = place + threadIdx.x%BIN_LANE; j < end; j += BIN_LANE) {
+            larger += sh.own[j] > c;
+        }
+        larger += __shfl_xor_sync(0xFFFFFFFFu, larger, 1);
+        larger += __shfl_xor_sync(0xFFFFFFFFu, larger, 2);
+        place  += larger;
+        if (i < n && threadIdx.x%BIN_LANE == 0 && place < a.budget) {
+            list[place] = ~(uint32_t) c;
+        }
+    }
+    __syncthreads();
+}
+
 // Select with one wait. Each block offers its best cells, as many as n_offer of them by whole bins, and tells the bound below
 // which it has others. The budget best of all offers are the selected cells unless one of them is below a bound. Returns how many
 // the block has of them, the first of list; -1 if offers do not tell. meanwhile(n): called when only the others are waited for,
@@ -248,12 +292,11 @@ static __device__ __forceinline__ int select_by_offers(
         const attn_args & a, const unit & u, select_shared & sh, const uint32_t * key, int32_t * list, F && meanwhile) {
     constexpr int N = ALL_OFFER/FAC_THREAD;
 
-    const bin_found own = find_bin(sh.hist, N_BIN, a.n_offer + 1, sh);
+    const bin_found own = find_bin(sh.hist, N_BIN, a.n_offer + 1, sh, sh.hist);
     const uint32_t n_own = own.above;
     const uint32_t lo    = own.bin >= 0 ? bin_base(own.bin + 1) : 1;
-    ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0); // now for the offers
     select_each(a, u, key, lo, [&](int t, uint32_t k) {
-        sh.own[atomicAdd(&sh.n_own, 1)] = rank_of(t, k);
+        sh.own[atomicAdd(&sh.hist[bin_of(k)], 1)] = rank_of(t, k);
     });
     __syncthreads();
     block_letter & mine = letter_of(a, u, u.rank);
@@ -263,7 +306,8 @@ static __device__ __forceinline__ int select_by_offers(
     if (threadIdx.x == 0) {
         put_word(&mine.bound, BOUND | (own.bin >= 0 ? lo : 0));
     }
-    sort_own(a, sh, n_own, list);
+    sort_bins(a, sh, n_own, list);
+    ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0); // now for the offers
     meanwhile(min((int) n_own, a.budget));
 
     uint64_t seen[N];
@@ -277,6 +321,7 @@ static __device__ __forceinline__ int select_by_offers(
     if (threadIdx.x < a.n_part) {
         atomicMax(&sh.bound, (uint32_t) read_word(&letter_of(a, u, threadIdx.x).bound));
     }
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         if (seen[i] == 0) {
@@ -287,7 +332,7 @@ static __device__ __forceinline__ int select_by_offers(
     __syncthreads();
     const bin_found found = find_bin(sh.hist, N_BIN, a.budget, sh);
     if (found.bin < 0) {
-        return sh.bound == 0 ? n_own : -1;
+        return sh.bound == 0 ? (int) n_own : -1;
     }
     const uint32_t least = bin_base(found.bin);     // of the candidates
     const uint32_t most  = bin_base(found.bin + 1); // is selected for certain
@@ -407,13 +452,13 @@ static __device__ __forceinline__ select_state select_offer(
 #pragma unroll 1
         for (int b = threadIdx.x; b < N_BIN; b += FAC_THREAD) {
             if (sh.hist[b] > 0) {
-                atomicAdd(a.sync[u.at].hist + b, sh.hist[b]);
+                atomicAdd(hist_of(a, u) + b, sh.hist[b]);
             }
         }
     }
     unit_arrive(a, u, 1);
     unit_wait(a, u, 1);
-    const bin_found found = find_bin(a.n_part > 1 ? a.sync[u.at].hist : sh.hist, N_BIN, a.budget, sh);
+    const bin_found found = find_bin(a.n_part > 1 ? hist_of(a, u) : sh.hist, N_BIN, a.budget, sh);
     select_state now;
     now.lo     = found.bin >= 0 ? bin_base(found.bin) : 1;
     now.hi     = found.bin >= 0 ? bin_base(found.bin + 1) : now.lo;

@@ -11,7 +11,7 @@ namespace {
 constexpr int COPY_STREAM = GGML_CUDA_MAX_STREAMS - 1; // upstream takes streams from the first on
 
 // Heads [head, head + n) of k or v, as they are going to lie in staged memory.
-ggml_tensor staged_heads(const ggml_tensor * t, int64_t n, void * data) {
+static ggml_tensor staged_heads(const ggml_tensor * t, int64_t n, void * data) {
     ggml_tensor heads = *t;
     heads.view_src = nullptr;
     heads.data     = data;
@@ -21,7 +21,7 @@ ggml_tensor staged_heads(const ggml_tensor * t, int64_t n, void * data) {
     return heads;
 }
 
-void copy_heads(const ggml_tensor * t, int64_t head, const ggml_tensor & to, cudaStream_t stream) {
+static void copy_heads(const ggml_tensor * t, int64_t head, const ggml_tensor & to, cudaStream_t stream) {
     for (int64_t s = 0; s < t->ne[3]; ++s) {
         CUDA_CHECK(cudaMemcpy2DAsync((char *) to.data + s*to.nb[3], to.nb[1],
                 (const char *) t->data + s*t->nb[3] + head*t->nb[2], t->nb[1], to.nb[1], t->ne[1], cudaMemcpyDefault, stream));

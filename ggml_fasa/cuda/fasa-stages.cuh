@@ -56,7 +56,6 @@ constexpr int FAC_WARP   = FAC_THREAD/WARP_SIZE;
 
 // Where the blocks of a unit meet, beside their letters. All but n_cand is 0 before a launch and after it.
 struct alignas(16) unit_sync {
-    uint32_t hist[N_BIN];      // visible cells by bin of their keys
     uint32_t turn[MAX_PART];   // how often each block has arrived
     uint32_t n_cand[MAX_PART]; // candidates of each block
     uint32_t n_done;           // blocks that wait for no other any more
@@ -112,16 +111,18 @@ struct attn_args {
     int part_log2; // of n_part rounded up to a power of two
     int n_tile;    // of the cache
     int n_run;     // cells that a block owns, those beyond n_kv included
+    int n_even;    // of these, those that a thread scores for all heads, by fours; of the rest it scores four for one head
     int score_len; // cells whose scores it keeps in shared memory, n_run; 0: in global memory
     int list_len;  // selected cells that it keeps in shared memory, budget; 0: in global memory
     int n_offer;   // cells that a block offers, a power of two; 0: none do
     int row_size;  // bytes of a K or V row to ask for ahead of time, the larger of the two; 0: do not
     int row0;      // first query row of this launch, over all streams
 
-    uint3 div_d_v; // of fastdiv
+    uint3 div_d_v, div_rest; // of fastdiv, by d_v and by the fours in the rest
 
     // Global memory of the blocks, for each unit of the launch.
     unit_sync * sync;    // [1], for several blocks see set_meeting_place
+    uint32_t  * hist;    // [N_BIN] visible cells by bin of their keys; 0 before a launch and after it; for several blocks only
     block_letter * letters; // [n_part], for several blocks only
     uint64_t  * cand;    // [n_part][n_run], candidates of each block: key << 32 | ~cell, which orders them
     float     * score;   // [n_part][n_group][n_run] if score_len is 0, see tip_scores
@@ -152,9 +153,30 @@ static __device__ __forceinline__ int cell_of(const attn_args & a, const unit & 
     return (i/GGML_FASA_TILE*a.n_part + u.rank)*GGML_FASA_TILE + i%GGML_FASA_TILE;
 }
 
+// Four of the rest of the cells of a block, i .. i + 3 of its n_run, for one head; none if i is n_run.
+struct rest_cells {
+    int h, i;
+
+    __device__ __forceinline__ explicit rest_cells(const attn_args & a) {
+        const uint2 at = fast_div_modulo(threadIdx.x, a.div_rest);
+        h = at.x;
+        i = h < a.n_group ? min(a.n_even + 4*(int) at.y, a.n_run) : a.n_run;
+    }
+};
+
+// The first cell that this thread scores.
+static __device__ __forceinline__ int first_cell(const attn_args & a) {
+    return a.n_even > 0 ? 4*threadIdx.x : rest_cells(a).i;
+}
+
 // What block b of a unit of several tells.
 static __device__ __forceinline__ block_letter & letter_of(const attn_args & a, const unit & u, int b) {
     return a.letters[u.at*a.n_part + b];
+}
+
+// The histogram of a unit of several blocks.
+static __device__ __forceinline__ uint32_t * hist_of(const attn_args & a, const unit & u) {
+    return a.hist + (size_t) u.at*N_BIN;
 }
 
 // A word of a letter. x: not 0, but to clear the word when all have read it.

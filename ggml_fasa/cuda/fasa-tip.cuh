@@ -269,15 +269,61 @@ static __device__ __forceinline__ void tip_prefetch(const attn_args & a, const u
     GGML_UNUSED(n);
 }
 
-// Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, -inf of hidden cells; the block's softmax sums
-// into softmax and, for others, its letter. Of the first head the lowest bit says whether the cell is forced: a score is not known
-// that well. NH: heads scored at once. held: of the thread's first cells.
+// Scores of four neighbouring cells from t on for NH heads from h0 on.
+template <int NH>
+static __device__ __forceinline__ void tip_cells(
+        const attn_args & a, const tip_q & q, int h0, const tip_held & held, const char * plane, int t, float (*s)[4]) {
+    const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
+    const int    c    = t%GGML_FASA_TILE;
+    switch (a.index_type) {
+        case GGML_FASA_INDEX_F16: tip_cells_f16<NH>       (a, q, h0, tile, c, s); break;
+        case GGML_FASA_INDEX_Q8:  tip_cells_int<NH, false>(a, q, h0, held, tile, c, s); break;
+        default:                  tip_cells_int<NH, true> (a, q, h0, held, tile, c, s); break;
+    }
+}
+
+// Puts four scores of each of NH heads into score, from its row of the first of them on, -inf of hidden cells, and adds them to
+// the softmax sums z of powers of two less m. bits: of mask_four. first: whether the first of the heads is that of the group: the
+// lowest bit of its score says whether the cell is forced: a score is not known that well.
+template <int NH>
+static __device__ __forceinline__ void tip_put(
+        const attn_args & a, uint32_t bits, bool first, int n_head, float (*s)[4], float * score, float * m, float * z) {
+    if (first) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            s[0][c] = __uint_as_float((__float_as_uint(s[0][c]) & ~1u) | (bits >> c >> 4 & 1));
+        }
+    }
+    if (bits != 0) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+            for (int h = 0; h < NH; ++h) {
+                s[h][c] = bits >> c & 0x01 ? -INFINITY : s[h][c];
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < NH; ++h) {
+        const float now = fmaxf(m[h], fmaxf(fmaxf(s[h][0], s[h][1]), fmaxf(s[h][2], s[h][3])));
+        z[h] = z[h]*exp2f(m[h] - now) +
+            ((exp2f(s[h][0] - now) + exp2f(s[h][1] - now)) + (exp2f(s[h][2] - now) + exp2f(s[h][3] - now)));
+        m[h] = now;
+        if (h < n_head) {
+            *(float4 *) (score + h*a.n_run) = make_float4(s[h][0], s[h][1], s[h][2], s[h][3]);
+        }
+    }
+}
+
+// Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, see tip_put; the block's softmax sums into softmax
+// and, for others, its letter. NH: heads scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
         const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held & held,
         float2 (*sums)[FAC_WARP], uint64_t * softmax, float * score) {
     const int lane = threadIdx.x%WARP_SIZE;
     const int warp = threadIdx.x/WARP_SIZE;
+    const rest_cells rest(a);
 
 #pragma unroll 1
     for (int h0 = 0; h0 < a.n_group; h0 += NH) {
@@ -289,51 +335,42 @@ static __device__ __forceinline__ void tip_scores(
             z[h] = 0.0f;
         }
 #pragma unroll 1
-        for (int i = 4*threadIdx.x; i < a.n_run; i += 4*FAC_THREAD) {
+        for (int i = 4*threadIdx.x; i < a.n_even; i += 4*FAC_THREAD) {
             const int t = cell_of(a, u, i);
             if (h0 == 0) {
                 tip_prefetch(a, u, plane, (i - 4*lane)/GGML_FASA_TILE + TIP_AHEAD, 4*WARP_SIZE/GGML_FASA_TILE);
             }
             float s[NH][4] = {};
             if (t < a.n_kv) {
-                const char * tile = plane + (size_t) (t/GGML_FASA_TILE)*a.tile_size;
-                const int    c    = t%GGML_FASA_TILE;
-                switch (a.index_type) {
-                    case GGML_FASA_INDEX_F16: tip_cells_f16<NH>       (a, q, h0, tile, c, s); break;
-                    case GGML_FASA_INDEX_Q8:  tip_cells_int<NH, false>(a, q, h0, held, tile, c, s); break;
-                    default:                  tip_cells_int<NH, true> (a, q, h0, held, tile, c, s); break;
-                }
+                tip_cells<NH>(a, q, h0, held, plane, t, s);
             }
             const uint32_t bits = held.mask.bits(a, mask, t);
-            if (h0 == 0) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    s[0][c] = __uint_as_float((__float_as_uint(s[0][c]) & ~1u) | (bits >> c >> 4 & 1));
-                }
-            }
-            const int next = i + 4*FAC_THREAD < a.n_run ? i + 4*FAC_THREAD : 4*threadIdx.x;
-            if (next > i || h0 + NH < a.n_group) {
+            const int next = i + 4*FAC_THREAD < a.n_even ? i + 4*FAC_THREAD : rest.i;
+            if (next < a.n_run) {
                 held.load(a, plane, mask, cell_of(a, u, next));
             }
-            if (bits != 0) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-#pragma unroll
-                    for (int h = 0; h < NH; ++h) {
-                        s[h][c] = bits >> c & 0x01 ? -INFINITY : s[h][c];
-                    }
-                }
+            tip_put<NH>(a, bits, h0 == 0, a.n_group - h0, s, score + h0*a.n_run + i, m, z);
+        }
+        if (rest.i < a.n_run && rest.h >= h0 && rest.h < h0 + NH) {
+            const int t = cell_of(a, u, rest.i);
+            float s[1][4] = {};
+            if (t < a.n_kv) {
+                tip_cells<1>(a, q, rest.h, held, plane, t, s);
             }
+            float one_m = SCORE_NONE;
+            float one_z = 0.0f;
+            tip_put<1>(a, held.mask.bits(a, mask, t), rest.h == 0, 1, s, score + rest.h*a.n_run + rest.i, &one_m, &one_z);
 #pragma unroll
             for (int h = 0; h < NH; ++h) {
-                const float now = fmaxf(m[h], fmaxf(fmaxf(s[h][0], s[h][1]), fmaxf(s[h][2], s[h][3])));
-                z[h] = z[h]*exp2f(m[h] - now) +
-                    ((exp2f(s[h][0] - now) + exp2f(s[h][1] - now)) + (exp2f(s[h][2] - now) + exp2f(s[h][3] - now)));
-                m[h] = now;
-                if (h0 + h < a.n_group) {
-                    *(float4 *) (score + (h0 + h)*a.n_run + i) = make_float4(s[h][0], s[h][1], s[h][2], s[h][3]);
+                if (h0 + h == rest.h) {
+                    const float now = fmaxf(m[h], one_m);
+                    z[h] = z[h]*exp2f(m[h] - now) + one_z*exp2f(one_m - now);
+                    m[h] = now;
                 }
             }
+        }
+        if (h0 + NH < a.n_group) {
+            held.load(a, plane, mask, cell_of(a, u, first_cell(a)));
         }
 #pragma unroll
         for (int h = 0; h < NH; ++h) {
