@@ -282,9 +282,9 @@ static __device__ __forceinline__ void tip_cells(
     }
 }
 
-// Puts four scores of each of NH heads into score, from its row of the first of them on, -inf of hidden cells, and adds them to
-// the softmax sums z of powers of two less m. bits: of mask_four. first: whether the first of the heads is that of the group: the
-// lowest bit of its score says whether the cell is forced: a score is not known that well.
+// Puts the scores s of four cells for NH heads, of which n_head are there, into score, [n_head][n_run] from the first of the cells
+// on, -inf of hidden cells, and adds them to the softmax sums z of 2^(score - m). bits: of mask_four. first: whether the first head
+// is that of the group, the lowest bit of whose scores says whether a cell is forced: a score is not known that well.
 template <int NH>
 static __device__ __forceinline__ void tip_put(
         const attn_args & a, uint32_t bits, bool first, int n_head, float (*s)[4], float * score, float * m, float * z) {
@@ -315,8 +315,8 @@ static __device__ __forceinline__ void tip_put(
     }
 }
 
-// Scores of the block's cells into score, [n_group][n_run], as log2(e) * S_h, see tip_put; the block's softmax sums into softmax
-// and, for others, its letter. NH: heads scored at once. held: of the thread's first cells.
+// Scores of the block's cells, log2(e) * S_h, into score, [n_group][n_run], see tip_put; the block's softmax sums into softmax and,
+// for others, its letter. NH: heads scored at once. held: of the thread's first cells.
 template <int NH>
 static __device__ __forceinline__ void tip_scores(
         const attn_args & a, const unit & u, const tip_q & q, const char * plane, const char * mask, tip_held & held,
