@@ -352,19 +352,19 @@ static void run_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     // query rows of one launch: what a bounded scratch and a grid hold
     constexpr size_t MAX_SCRATCH = 256u << 20;
     const int n_row    = a.n_row*q->ne[3];
-    a.n_tile           = (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE;
-    const size_t size  = (size_t) a.n_tile*GGML_FASA_TILE*a.n_head_kv*(a.n_group + 3)*sizeof(float);
+    const int n_tile   = (a.n_kv + GGML_FASA_TILE - 1)/GGML_FASA_TILE;
+    const size_t size  = (size_t) n_tile*GGML_FASA_TILE*a.n_head_kv*(a.n_group + 3)*sizeof(float);
     const int per_pass = std::clamp<size_t>(MAX_SCRATCH/size, 1, std::min(n_row, 65535));
 
     // blocks of a unit: enough to fill the device, and since they wait for each other, not more than it holds
     const auto & info = ggml_cuda_info().devices[ctx.device];
     a.n_part = info.supports_cooperative_launch ?
-        std::clamp(info.nsm/(per_pass*a.n_head_kv), 1, std::min(MAX_PART, a.n_tile)) : 1;
+        std::clamp(info.nsm/(per_pass*a.n_head_kv), 1, std::min(MAX_PART, n_tile)) : 1;
     a.part_log2 = 0;
     while (1 << a.part_log2 < a.n_part) {
         a.part_log2++;
     }
-    a.n_run = (a.n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
+    a.n_run = (n_tile + a.n_part - 1)/a.n_part*GGML_FASA_TILE;
 
     const int rest = a.n_run%(4*FAC_THREAD);
     a.n_even   = a.n_run - (rest*a.n_group <= 4*FAC_THREAD ? rest : 0);

@@ -263,7 +263,7 @@ constexpr int BIN_LANE = 4; // threads that rank one cell among those of its bin
 // As sort_own, of cells that lie bin by bin, the last bin first. sh.hist: of each of these bins, where the next one begins.
 static __device__ __forceinline__ void sort_bins(const attn_args & a, const select_shared & sh, uint32_t n, int32_t * list) {
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x/BIN_LANE; i < (n + 7)/8*8; i += FAC_THREAD/BIN_LANE) { // a warp together
+    for (uint32_t i = threadIdx.x/BIN_LANE; i < GGML_PAD(n, WARP_SIZE/BIN_LANE); i += FAC_THREAD/BIN_LANE) { // a warp together
         const uint64_t c   = i < n ? sh.own[i] : 0;
         const int      bin = i < n ? bin_of(c >> 32) : 0;
         const uint32_t end = i < n ? sh.hist[bin] : 0;
@@ -273,9 +273,11 @@ static __device__ __forceinline__ void sort_bins(const attn_args & a, const sele
         for (uint32_t j = place + threadIdx.x%BIN_LANE; j < end; j += BIN_LANE) {
             larger += sh.own[j] > c;
         }
-        larger += __shfl_xor_sync(0xFFFFFFFFu, larger, 1);
-        larger += __shfl_xor_sync(0xFFFFFFFFu, larger, 2);
-        place  += larger;
+#pragma unroll
+        for (int o = 1; o < BIN_LANE; o *= 2) {
+            larger += __shfl_xor_sync(0xFFFFFFFFu, larger, o);
+        }
+        place += larger;
         if (i < n && threadIdx.x%BIN_LANE == 0 && place < a.budget) {
             list[place] = ~(uint32_t) c;
         }
@@ -367,7 +369,7 @@ static __device__ __noinline__ void select_recount(const attn_args & a, const un
     __syncthreads();
     ((uint4 *) sh.hist)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) {
-        sh.n_own = sh.n_cand = sh.n_all = 0;
+        sh.n_cand = sh.n_all = 0;
     }
     __syncthreads();
 #pragma unroll 1

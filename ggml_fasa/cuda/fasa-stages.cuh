@@ -109,7 +109,6 @@ struct attn_args {
     int n_slot;    // n_group rounded up to n_fac
     int n_part;    // blocks of a unit; block r owns tiles r, r + n_part, ...
     int part_log2; // of n_part rounded up to a power of two
-    int n_tile;    // of the cache
     int n_run;     // cells that a block owns, those beyond n_kv included
     int n_even;    // of these, those that a thread scores for all heads, by fours; of the rest it scores four for one head
     int score_len; // cells whose scores it keeps in shared memory, n_run; 0: in global memory
