@@ -38,35 +38,31 @@ static int64_t cells_ge(const float * scores, int64_t n_kv, float bound, int32_t
 }
 
 // A lower bound of the budget-th largest score, which keeps nearly all cells out of what follows. Cells are put into
-// units that share no cell; where budget units reach a value, budget scores do. A unit is one lane of a run of vectors.
-static float select_bound(const float * scores, int64_t n_kv, int64_t budget) {
+// units that share no cell; where budget units reach a value, budget scores do. A unit is every n_unit-th cell: the best
+// cells lie side by side, and the bound is tight only if they are of many units. scratch: [n_kv].
+static float select_bound(const float * scores, int64_t n_kv, int64_t budget, float * scratch) {
     constexpr int64_t UNITS = 2; // wanted for each cell of the budget: more make a tighter bound and take longer
     constexpr int     SHIFT = 20;
+    constexpr int     N_BIN = (0x47800000 >> SHIFT) + 1; // up to 65536, which no score reaches but that of a forced cell
 
-    const int64_t run = n_kv/(UNITS*budget); // vectors, each of W cells of W units
-    if (run < 2) {
+    const int64_t n_unit = GGML_PAD(UNITS*budget, W) + W; // no power of two, with which text might repeat itself
+    if (n_kv < 2*n_unit) {
         return 0.0f;
     }
 
-    uint32_t count[1 << (31 - SHIFT)] = { 0 };
-    int64_t n_unit = 0;
-    for (int64_t t = 0; t + run*W <= n_kv; t += run*W) {
-        vec top = load(scores + t);
-        for (int64_t i = 1; i < run; ++i) {
-            top = max(top, load(scores + t + i*W));
+    float * top = scratch;
+    std::copy(scores, scores + n_unit, top);
+    for (int64_t t = n_unit; t < n_kv; t += n_unit) {
+        for (int64_t i = 0; i < n_unit && t + i + W <= n_kv; i += W) {
+            store(top + i, max(load(top + i), load(scores + t + i)));
         }
-        float lane[W];
-        store(lane, top);
-        for (float x : lane) {
-            count[key_of(std::max(0.0f, x)) >> SHIFT]++;
-            n_unit++;
-        }
-    }
-    if (n_unit < budget) {
-        return 0.0f;
     }
 
-    uint32_t key = 1 << (31 - SHIFT);
+    uint32_t count[N_BIN] = { 0 };
+    for (int64_t i = 0; i < n_unit; ++i) {
+        count[std::min<uint32_t>(key_of(std::max(0.0f, top[i])) >> SHIFT, N_BIN - 1)]++;
+    }
+    uint32_t key = N_BIN;
     for (int64_t need = budget; need > 0;) {
         need -= count[--key];
     }
@@ -156,7 +152,7 @@ int64_t ggml_fasa_cpu_select(
     int32_t * candidates = (int32_t *) scratch;
     uint32_t * keys      = scratch + n_kv;
 
-    const int64_t n = fasa::cells_ge(scores, n_kv, fasa::select_bound(scores, n_kv, budget), candidates);
+    const int64_t n = fasa::cells_ge(scores, n_kv, fasa::select_bound(scores, n_kv, budget, (float *) keys), candidates);
     if (n <= budget) {
         std::copy(candidates, candidates + n, cells);
         return n;
