@@ -4,7 +4,8 @@
 // scale2 is a * 2^n for n = t - t0, where t and t0 are of ROUND's binade and a and the result are normal.
 //
 // ivec holds W int32. dot4 and dot8 add to each the sum of four products of bytes of x and q, q being signed: dot4 of
-// x in 0..15; dot8 of x - 128 + BIAS8, so that what one instruction computes is what is computed.
+// x in 0..15; dot8 of x - 128 + BIAS8, so that what one instruction computes is what is computed. dot4 adds to what
+// dot4_begin makes of a sum, at most DOT4_RUN times before dot4_end makes a sum of that again: 8*2*15*127 fits 16 bits.
 
 #pragma once
 
@@ -81,22 +82,27 @@ inline vec   scale2(vec a, vec t, vec t0) {
 using ivec = __m512i;
 
 inline ivec  iload(const void * p)                 { return _mm512_loadu_si512(p); }
+inline void  istore(void * p, ivec a)              { _mm512_storeu_si512(p, a); }
 inline ivec  isplat(int32_t x)                     { return _mm512_set1_epi32(x); }
 inline vec   to_float(ivec a)                      { return _mm512_cvtepi32_ps(a); }
 inline ivec  low_nibbles(ivec x)                   { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline ivec  high_nibbles(ivec x)                  { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 #if defined(__AVX512VNNI__)
 constexpr int BIAS8 = 128;
+inline ivec  dot4_begin(ivec acc)                  { return acc; }
+inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
 inline ivec  dot4(ivec acc, ivec x, ivec q)        { return _mm512_dpbusd_epi32(acc, x, q); }
 inline ivec  dot8(ivec acc, ivec x, ivec q)        { return _mm512_dpbusd_epi32(acc, x, q); }
 #else
 constexpr int BIAS8 = 0;
-inline ivec  dot4(ivec acc, ivec x, ivec q) {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, q), _mm512_set1_epi16(1)));
-}
+inline ivec  pair_sums(ivec x)                     { return _mm512_madd_epi16(x, _mm512_set1_epi16(1)); }
+inline ivec  dot4_begin(ivec)                      { return _mm512_setzero_si512(); }
+inline ivec  dot4_end(ivec acc, ivec pairs)        { return _mm512_add_epi32(acc, pair_sums(pairs)); }
+inline ivec  dot4(ivec pairs, ivec x, ivec q)      { return _mm512_add_epi16(pairs, _mm512_maddubs_epi16(x, q)); }
 inline ivec  dot8(ivec acc, ivec x, ivec q) { // |x - 128| times q with its sign: pairs fit 16 bits
     const ivec y = _mm512_xor_si512(x, _mm512_set1_epi8(-128));
-    return dot4(acc, _mm512_abs_epi8(y), _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(y), _mm512_setzero_si512(), q));
+    const ivec s = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(y), _mm512_setzero_si512(), q);
+    return _mm512_add_epi32(acc, pair_sums(_mm512_maddubs_epi16(_mm512_abs_epi8(y), s)));
 }
 #endif
 
@@ -138,22 +144,32 @@ inline vec   scale2(vec a, vec t, vec t0) {
 using ivec = __m256i;
 
 inline ivec  iload(const void * p)                 { return _mm256_loadu_si256((const __m256i *) p); }
+inline void  istore(void * p, ivec a)              { _mm256_storeu_si256((__m256i *) p, a); }
 inline ivec  isplat(int32_t x)                     { return _mm256_set1_epi32(x); }
 inline vec   to_float(ivec a)                      { return _mm256_cvtepi32_ps(a); }
 inline ivec  low_nibbles(ivec x)                   { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline ivec  high_nibbles(ivec x)                  { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 #if defined(__AVXVNNI__)
 constexpr int BIAS8 = 128;
+inline ivec  dot4_begin(ivec acc)                  { return acc; }
+inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
 inline ivec  dot4(ivec acc, ivec x, ivec q)        { return _mm256_dpbusd_avx_epi32(acc, x, q); }
 inline ivec  dot8(ivec acc, ivec x, ivec q)        { return _mm256_dpbusd_avx_epi32(acc, x, q); }
 #else
 constexpr int BIAS8 = 0;
-inline ivec  dot4(ivec acc, ivec x, ivec q) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, q), _mm256_set1_epi16(1)));
+inline ivec  pair_sums(ivec x)                     { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+inline ivec  dot4_begin(ivec)                      { return _mm256_setzero_si256(); }
+inline ivec  dot4_end(ivec acc, ivec pairs)        { return _mm256_add_epi32(acc, pair_sums(pairs)); }
+inline ivec  dot4(ivec pairs, ivec x, ivec q) {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x, q));
+#if defined(__GNUC__)
+    __asm__("" : "+x"(pairs)); // GCC sums in another order, which takes more registers than there are
+#endif
+    return pairs;
 }
 inline ivec  dot8(ivec acc, ivec x, ivec q) { // |x - 128| times q with its sign: pairs fit 16 bits
     const ivec y = _mm256_xor_si256(x, _mm256_set1_epi8(-128));
-    return dot4(acc, _mm256_abs_epi8(y), _mm256_sign_epi8(q, y));
+    return _mm256_add_epi32(acc, pair_sums(_mm256_maddubs_epi16(_mm256_abs_epi8(y), _mm256_sign_epi8(q, y))));
 }
 #endif
 
@@ -189,12 +205,15 @@ inline vec   scale2(vec a, vec t, vec t0) {
 using ivec = int32x4_t;
 
 inline ivec  iload(const void * p)                 { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t *) p)); }
+inline void  istore(void * p, ivec a)              { vst1q_s32((int32_t *) p, a); }
 inline ivec  isplat(int32_t x)                     { return vdupq_n_s32(x); }
 inline vec   to_float(ivec a)                      { return vcvtq_f32_s32(a); }
 inline ivec  low_nibbles(ivec x)                   { return vandq_s32(x, vdupq_n_s32(0x0F0F0F0F)); }
 inline ivec  high_nibbles(ivec x)                  { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
 
 constexpr int BIAS8 = 0;
+inline ivec  dot4_begin(ivec acc)                  { return acc; }
+inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
 inline ivec  dot4(ivec acc, ivec x, ivec q) { // of any signed x
     const int8x16_t a = vreinterpretq_s8_s32(x);
     const int8x16_t b = vreinterpretq_s8_s32(q);
@@ -232,6 +251,7 @@ inline vec   scale2(vec a, vec t, vec t0)          { return std::ldexp(a, (int) 
 using ivec = int32_t;
 
 inline ivec  iload(const void * p)                 { ivec x; memcpy(&x, p, sizeof(x)); return x; }
+inline void  istore(void * p, ivec x)              { memcpy(p, &x, sizeof(x)); }
 inline ivec  isplat(int32_t x)                     { return x; }
 inline vec   to_float(ivec a)                      { return (float) a; }
 inline ivec  low_nibbles(ivec x)                   { return x & 0x0F0F0F0F; }
@@ -244,8 +264,19 @@ inline ivec  dot8(ivec acc, ivec x, ivec q) {
     }
     return acc;
 }
+inline ivec  dot4_begin(ivec acc)                  { return acc; }
+inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
 inline ivec  dot4(ivec acc, ivec x, ivec q)        { return dot8(acc, x, q); }
 
+#endif
+
+constexpr int DOT4_RUN = 8;
+
+// Vector registers, which what a kernel adds up should not exceed.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int N_REG = 32;
+#else
+constexpr int N_REG = 16;
 #endif
 
 // The number of the lowest bit that is set, of which there must be one.
@@ -259,16 +290,41 @@ inline int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// Writes first + i for every bit i that is set, of W, in order, and returns how many. May write W values.
+#if defined(__AVX2__) && !(defined(__AVX512F__) && defined(__AVX512BW__))
+// For each byte the numbers of its bits that are set, in order.
+struct bit_numbers {
+    uint8_t of[256][8];
+
+    constexpr bit_numbers() : of() {
+        for (int byte = 0; byte < 256; ++byte) {
+            int n = 0;
+            for (int i = 0; i < 8; ++i) {
+                if (byte >> i & 1) {
+                    of[byte][n++] = (uint8_t) i;
+                }
+            }
+        }
+    }
+};
+static constexpr bit_numbers BIT_NUMBERS;
+#endif
+
+// Writes first + i for every bit i that is set, of W, in order, and returns how many. May write W values. No branches, which
+// nobody could predict.
 inline int append(uint32_t bits, int32_t first, int32_t * out) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
     const ivec lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16) bits, _mm512_add_epi32(lane, isplat(first))));
     return _mm_popcnt_u32(bits);
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+    const ivec lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) BIT_NUMBERS.of[bits]));
+    _mm256_storeu_si256((__m256i *) out, _mm256_add_epi32(lane, isplat(first)));
+    return _mm_popcnt_u32(bits);
 #else
     int n = 0;
-    for (; bits; bits &= bits - 1) {
-        out[n++] = first + lowest_bit(bits);
+    for (int i = 0; i < W; ++i) {
+        out[n] = first + i;
+        n += bits >> i & 1;
     }
     return n;
 #endif
@@ -292,12 +348,12 @@ inline vec exp_scaled(vec x, vec x0, vec n0) {
     const vec n = sub(t, splat(ROUND));
     vec r = fma(n, splat(-0.693359375f), x);
     r     = fma(n, splat(2.12194440e-4f), r);
-    vec p = splat(0.00831243f);
-    p = fma(p, r, splat(0.04189099f));
-    p = fma(p, r, splat(0.16667118f));
-    p = fma(p, r, splat(0.49999226f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
+    // in pairs of terms, which do not wait for each other
+    const vec r2 = mul(r, r);
+    const vec p4 = fma(splat(0.00831243f), r, splat(0.04189099f));
+    const vec p2 = fma(splat(0.16667118f), r, splat(0.49999226f));
+    const vec p0 = add(r, splat(1.0f));
+    const vec p  = fma(fma(p4, r2, p2), r2, p0);
     return scale2(p, t, add(n0, splat(ROUND)));
 }
 

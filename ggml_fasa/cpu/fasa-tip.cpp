@@ -61,6 +61,15 @@ mask_row::tile_bits mask_row::tile(int64_t t0, int64_t n) const {
                : bits_of((const char *) data + t0*sizeof(F32_NINF), n, F32_NINF, F32_NEG0);
 }
 
+// Fours of integers of a query: as many as whole words of the index take.
+static int64_t n_query_four(int64_t n_dim) {
+    return (n_dim + 7)/8*2;
+}
+
+int64_t tip_query_size(int64_t n_dim) {
+    return GGML_PAD(std::max(n_dim, (2 + n_query_four(n_dim))*W), 16);
+}
+
 // Heads that one pass over a tile serves: their accumulators stay in registers.
 static constexpr int MAX_HEADS = 4;
 static constexpr int NV        = 2; // vectors of cells per pass
@@ -71,10 +80,14 @@ static constexpr int64_t PREFETCH = 2048;
 
 static_assert(TILE % (NV*W) == 0, "a tile is a whole number of passes");
 
+// Dims of 16 FCs, which calibration keeps by default: kernels are compiled for these, and for any number, N_DIM = 0.
+static constexpr int USUAL_DIMS = 32;
+
 // Scores a tile for NH heads: out[h][0..TILE) = S_h. query is as tip_query makes it.
-template <int NH>
-static void tip_tile_f16(const float * query, int64_t n_dim, const char * tile, float * out, int64_t stride) {
-    const int64_t size = tip_query_size(n_dim);
+template <int NH, int N_DIM>
+static void tip_tile_f16(const float * query, int64_t any_dim, const char * tile, float * out, int64_t stride) {
+    const int64_t n_dim = N_DIM ? N_DIM : any_dim;
+    const int64_t size  = tip_query_size(n_dim);
 
     for (int64_t c = 0; c < TILE; c += NV*W) {
         vec acc[NH][NV];
@@ -104,50 +117,88 @@ static void tip_tile_f16(const float * query, int64_t n_dim, const char * tile, 
     }
 }
 
-// The same for an index of integers. Their sums are exact, so every instruction set gives the same S.
-template <int NH, ggml_fasa_index_type TYPE>
-static void tip_tile_int(const float * query, int64_t n_dim, const char * tile, float * out, int64_t stride) {
-    constexpr int64_t PER_WORD = TYPE == GGML_FASA_INDEX_Q8 ? 4 : 8;
-
-    const int64_t   size   = tip_query_size(n_dim);
-    const int64_t   n_word = (n_dim + PER_WORD - 1)/PER_WORD;
-    const int32_t * iquery = (const int32_t *) query;
-    const char    * words  = tile + TILE*sizeof(ggml_fp16_t);
-
-    for (int64_t c = 0; c < TILE; c += NV*W) {
-        ivec acc[NH][NV];
-        for (int h = 0; h < NH; ++h) {
-            for (int i = 0; i < NV; ++i) {
-                acc[h][i] = isplat(iquery[h*size + 1]);
-            }
-        }
-        for (int64_t w = 0; w < n_word; ++w) {
-            ivec x[NV];
-            for (int i = 0; i < NV; ++i) {
-                x[i] = iload(words + (w*TILE + c + i*W)*4);
-            }
-            for (int h = 0; h < NH; ++h) {
-                const int32_t * q = iquery + h*size + 2;
-                for (int i = 0; i < NV; ++i) {
-                    if (TYPE == GGML_FASA_INDEX_Q8) {
-                        acc[h][i] = dot8(acc[h][i], x[i], isplat(q[w]));
-                    } else {
-                        acc[h][i] = dot4(acc[h][i], low_nibbles (x[i]), isplat(q[2*w + 0]));
-                        acc[h][i] = dot4(acc[h][i], high_nibbles(x[i]), isplat(q[2*w + 1]));
-                    }
-                }
-            }
-        }
+// Adds to acc what words [w0, w1) of NV vectors of cells give with the bytes of NH queries, whose splats are q[h*size ..],
+// for an index of 8 bits.
+template <int NH, int NV>
+static void add_words_q8(ivec (&acc)[NH][NV], const char * words, int64_t w0, int64_t w1, const float * q, int64_t size) {
+    for (int64_t w = w0; w < w1; ++w) {
         for (int i = 0; i < NV; ++i) {
-            const vec d = load((const ggml_fp16_t *) tile + c + i*W);
+            const ivec x = iload(words + (w*TILE + i*W)*4);
             for (int h = 0; h < NH; ++h) {
-                store(out + h*stride + c + i*W, mul(mul(splat(query[h*size]), d), to_float(acc[h][i])));
+                acc[h][i] = dot8(acc[h][i], x, iload(q + h*size + w*W));
             }
         }
     }
 }
 
-template <int NH>
+// The same for an index of 4 bits, and at most DOT4_RUN/2 words.
+template <int NH, int NV>
+static void add_words_q4(ivec (&acc)[NH][NV], const char * words, int64_t w0, int64_t w1, const float * q, int64_t size) {
+    ivec part[NH][NV];
+    for (int h = 0; h < NH; ++h) {
+        for (int i = 0; i < NV; ++i) {
+            part[h][i] = dot4_begin(acc[h][i]);
+        }
+    }
+    for (int64_t w = w0; w < w1; ++w) {
+        for (int i = 0; i < NV; ++i) {
+            const ivec x    = iload(words + (w*TILE + i*W)*4);
+            const ivec low  = low_nibbles(x);
+            const ivec high = high_nibbles(x);
+            for (int h = 0; h < NH; ++h) {
+                part[h][i] = dot4(part[h][i], low,  iload(q + h*size + (2*w + 0)*W));
+                part[h][i] = dot4(part[h][i], high, iload(q + h*size + (2*w + 1)*W));
+            }
+        }
+    }
+    for (int h = 0; h < NH; ++h) {
+        for (int i = 0; i < NV; ++i) {
+            acc[h][i] = dot4_end(acc[h][i], part[h][i]);
+        }
+    }
+}
+
+// The same as tip_tile_f16 for an index of integers. Their sums are exact, so every instruction set gives the same S.
+template <int NH, int N_DIM, ggml_fasa_index_type TYPE>
+static void tip_tile_int(const float * query, int64_t any_dim, const char * tile, float * out, int64_t stride) {
+    constexpr bool    Q8       = TYPE == GGML_FASA_INDEX_Q8;
+    constexpr int64_t PER_WORD = Q8 ? 4 : 8;
+    constexpr int64_t RUN      = DOT4_RUN/2;
+
+    const int64_t n_dim  = N_DIM ? N_DIM : any_dim;
+    const int64_t size   = tip_query_size(n_dim);
+    const int64_t n_word = (n_dim + PER_WORD - 1)/PER_WORD;
+    const float * q      = query + 2*W;
+    const char  * words  = tile + TILE*sizeof(ggml_fp16_t);
+
+    for (int64_t c = 0; c < TILE; c += NV*W) {
+        ivec acc[NH][NV];
+        for (int h = 0; h < NH; ++h) {
+            for (int i = 0; i < NV; ++i) {
+                acc[h][i] = iload(query + h*size + W);
+            }
+        }
+        if (Q8) {
+            add_words_q8(acc, words + c*4, 0, n_word, q, size);
+        } else {
+            int64_t w = 0;
+            for (; w + RUN <= n_word; w += RUN) { // as most models have it: a loop that unrolls
+                add_words_q4(acc, words + c*4 + w*TILE*4, 0, RUN, q + 2*w*W, size);
+            }
+            if (w < n_word) {
+                add_words_q4(acc, words + c*4, w, n_word, q, size);
+            }
+        }
+        for (int i = 0; i < NV; ++i) {
+            const vec d = load((const ggml_fp16_t *) tile + c + i*W);
+            for (int h = 0; h < NH; ++h) {
+                store(out + h*stride + c + i*W, mul(mul(load(query + h*size), d), to_float(acc[h][i])));
+            }
+        }
+    }
+}
+
+template <int NH, int N_DIM>
 static void tip_tiles(
         const float * query, const index_plane & index, const char * tile, int64_t n, float * out, int64_t stride) {
     const int64_t n_dim = index.n_dim;
@@ -155,10 +206,20 @@ static void tip_tiles(
 
     for (; n > 0; --n, tile += size, out += TILE) {
         switch (index.type) {
-            case GGML_FASA_INDEX_Q8: tip_tile_int<NH, GGML_FASA_INDEX_Q8>(query, n_dim, tile, out, stride); break;
-            case GGML_FASA_INDEX_Q4: tip_tile_int<NH, GGML_FASA_INDEX_Q4>(query, n_dim, tile, out, stride); break;
-            default:                 tip_tile_f16<NH>(query, n_dim, tile, out, stride); break;
+            case GGML_FASA_INDEX_Q8: tip_tile_int<NH, N_DIM, GGML_FASA_INDEX_Q8>(query, n_dim, tile, out, stride); break;
+            case GGML_FASA_INDEX_Q4: tip_tile_int<NH, N_DIM, GGML_FASA_INDEX_Q4>(query, n_dim, tile, out, stride); break;
+            default:                 tip_tile_f16<NH, N_DIM>(query, n_dim, tile, out, stride); break;
         }
+    }
+}
+
+template <int NH>
+static void tip_tiles(
+        const float * query, const index_plane & index, const char * tile, int64_t n, float * out, int64_t stride) {
+    if (index.n_dim == USUAL_DIMS) {
+        tip_tiles<NH, USUAL_DIMS>(query, index, tile, n, out, stride);
+    } else {
+        tip_tiles<NH, 0>(query, index, tile, n, out, stride);
     }
 }
 
@@ -197,15 +258,21 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
             std::copy(q, q + n_dim, query);
             continue;
         }
-        int8_t * integers = (int8_t *) (query + 2);
-        memset(integers, 0, n_dim*sizeof(float));
-        query[0] = query_integers(q, n_dim, integers);
+        const int64_t n_four   = n_query_four(n_dim);
+        int8_t      * integers = (int8_t *) (query + 2*W);
+        memset(integers, 0, n_four*sizeof(int32_t));
+        store(query, splat(query_integers(q, n_dim, integers)));
 
         int32_t sum = 0;
         for (int64_t j = 0; j < n_dim; ++j) {
             sum += integers[j];
         }
-        ((int32_t *) query)[1] = -sum*(type == GGML_FASA_INDEX_Q8 ? BIAS8 : 8);
+        istore(query + W, isplat(-sum*(type == GGML_FASA_INDEX_Q8 ? BIAS8 : 8)));
+        for (int64_t j = n_four; j-- > 0;) { // in place: the last first
+            int32_t four;
+            memcpy(&four, integers + 4*j, sizeof(four));
+            istore(query + (2 + j)*W, isplat(four));
+        }
     }
 }
 
