@@ -95,6 +95,9 @@ struct attn_op {
         };
         return { q_row(g*n_group, t, s), n_group, (int64_t) (q->nb[2]/sizeof(float)), rows(k), rows(v), scale, softcap };
     }
+    fasa::fac_groups fac_groups(int64_t g, int64_t n_groups, int64_t t, int64_t s) const {
+        return { fac_input(g, t, s), n_groups, (int64_t) (n_group*q->nb[2]/sizeof(float)), k->nb[2], v->nb[2] };
+    }
     fasa::index_plane index_plane(int64_t g, int64_t s) const {
         return { op_index_type(dst), n_dim, (const char *) index->data + g*index->nb[2] + s*index->nb[3] };
     }
@@ -266,7 +269,7 @@ struct dense_scratch {
 
     dense_scratch(const attn_op & op, int64_t n_groups, int nth) {
         part  = all.take(n_groups*op.n_group*fasa::n_dense_chunk(op.n_kv)*(op.d_v + 2));
-        total = GGML_PAD(fasa::fac_thread_scratch(op.n_group, std::max(op.d_k, op.d_v)), 16);
+        total = GGML_PAD(fasa::fac_thread_scratch(n_groups*op.n_group, std::max(op.d_k, op.d_v)), 16);
         own   = all.take(nth*total);
     }
 };
@@ -283,11 +286,14 @@ void dense_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_g
     float * own  = scratch + at.own + team.ith*at.total;
 
     // the heads of a cell lie side by side: finish a run of cells before the next
-    for (int64_t i = team.first(n_chunk*n_groups); i < team.last(n_chunk*n_groups); ++i) {
+    const int64_t last = team.last(n_chunk*n_groups);
+    for (int64_t i = team.first(n_chunk*n_groups); i < last;) {
         const int64_t g     = i%n_groups;
         const int64_t chunk = i/n_groups;
-        fasa::dense_chunk(op.fac_input(g0 + g, t, s), op.mask_at(t, s), op.n_kv, chunk, own,
-                part + (g*n_chunk + chunk)*part_size);
+        const int64_t n     = std::min(n_groups - g, last - i);
+        fasa::dense_chunk(op.fac_groups(g0 + g, n, t, s), op.mask_at(t, s), op.n_kv, chunk, own,
+                part + (g*n_chunk + chunk)*part_size, n_chunk*part_size);
+        i += n;
     }
     team.wait();
 

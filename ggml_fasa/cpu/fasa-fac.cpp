@@ -15,42 +15,47 @@ static float apply_softcap(float s, float softcap) {
     return softcap != 0.0f ? softcap*tanhf(s/softcap) : s;
 }
 
-// Heads that one pass over K rows serves: 4 sums of each stay in registers.
-#if defined(__AVX512F__) || defined(__ARM_NEON)
-static constexpr int DOT_HEADS = 4;
-#else
-static constexpr int DOT_HEADS = 2;
-#endif
-
 // Dot products of 4 K rows with NH queries: out[h][0..4).
 template <int NH, typename T>
 static void fac_dot4(const float * q, int64_t q_stride, const T * const * k, int64_t d, float * out) {
-    vec acc[NH][4];
-    for (int h = 0; h < NH; ++h) {
-        for (int c = 0; c < 4; ++c) {
-            acc[h][c] = zero();
-        }
-    }
-    int64_t i = 0;
-    for (; i + W <= d; i += W) {
-        vec x[4];
-        for (int c = 0; c < 4; ++c) {
-            x[c] = load(k[c] + i);
-        }
+    constexpr int NC = NH*4 < N_REG ? 4 : 2; // rows at a time, whose sums stay in registers
+
+    for (int c0 = 0; c0 < 4; c0 += NC) {
+        vec acc[NH][NC];
         for (int h = 0; h < NH; ++h) {
-            const vec qi = load(q + h*q_stride + i);
-            for (int c = 0; c < 4; ++c) {
-                acc[h][c] = fma(x[c], qi, acc[h][c]);
+            for (int c = 0; c < NC; ++c) {
+                acc[h][c] = zero();
             }
         }
-    }
-    for (int h = 0; h < NH; ++h) { // a loop that unrolls, which keeps the sums in registers
-        hsum4(acc[h][0], acc[h][1], acc[h][2], acc[h][3], out + h*FAC_CHUNK);
-    }
-    for (; i < d; ++i) {
-        for (int h = 0; h < NH; ++h) {
-            for (int c = 0; c < 4; ++c) {
-                out[h*FAC_CHUNK + c] += value(k[c][i])*q[h*q_stride + i];
+        int64_t i = 0;
+        for (; i + W <= d; i += W) {
+            vec qi[NH];
+            for (int h = 0; h < NH; ++h) {
+                qi[h] = load(q + h*q_stride + i);
+            }
+            for (int c = 0; c < NC; ++c) {
+                const vec x = load(k[c0 + c] + i);
+                for (int h = 0; h < NH; ++h) {
+                    acc[h][c] = fma(x, qi[h], acc[h][c]);
+                }
+            }
+        }
+        for (int h = 0; h < NH; h += 4/NC) { // a loop that unrolls, which keeps the sums in registers
+            float * to = out + h*FAC_CHUNK + c0;
+            if (NC == 4) {
+                hsum4(acc[h][0], acc[h][1], acc[h][2 % NC], acc[h][3 % NC], to);
+            } else {
+                float sum[4];
+                hsum4(acc[h][0], acc[h][1], acc[(h + 1)%NH][0], acc[(h + 1)%NH][1], sum);
+                memcpy(to,             sum,     2*sizeof(float));
+                memcpy(to + FAC_CHUNK, sum + 2, 2*sizeof(float));
+            }
+        }
+        for (; i < d; ++i) {
+            for (int h = 0; h < NH; ++h) {
+                for (int c = 0; c < NC; ++c) {
+                    out[h*FAC_CHUNK + c0 + c] += value(k[c0 + c][i])*q[h*q_stride + i];
+                }
             }
         }
     }
@@ -67,14 +72,14 @@ static void fac_values(
         }
     }
     for (int64_t c = 0; c < n_cells; ++c) {
-        vec x[NV];
-        for (int i = 0; i < NV; ++i) {
-            x[i] = load(v[c] + i0 + i*W);
-        }
+        vec ph[NH];
         for (int h = 0; h < NH; ++h) {
-            const vec ph = splat(p[h*FAC_CHUNK + c]);
-            for (int i = 0; i < NV; ++i) {
-                acc[h][i] = fma(ph, x[i], acc[h][i]);
+            ph[h] = splat(p[h*FAC_CHUNK + c]);
+        }
+        for (int i = 0; i < NV; ++i) {
+            const vec x = load(v[c] + i0 + i*W);
+            for (int h = 0; h < NH; ++h) {
+                acc[h][i] = fma(ph[h], x, acc[h][i]);
             }
         }
     }
@@ -88,9 +93,11 @@ static void fac_values(
 template <int NH, typename T>
 static void fac_values_row(
         const float * p, const T * const * v, int64_t n_cells, int64_t d, float * out, int64_t out_stride) {
+    constexpr int NV = NH*4 + NH + 1 <= N_REG ? 4 : 2;
+
     int64_t i = 0;
-    for (; i + 4*W <= d; i += 4*W) {
-        fac_values<NH, 4>(p, v, n_cells, i, out, out_stride);
+    for (; i + NV*W <= d; i += NV*W) {
+        fac_values<NH, NV>(p, v, n_cells, i, out, out_stride);
     }
     for (; i + W <= d; i += W) {
         fac_values<NH, 1>(p, v, n_cells, i, out, out_stride);
@@ -104,11 +111,11 @@ static void fac_values_row(
     }
 }
 
-// Calls fn(integral_constant NH, first head) over blocks of at most MAX heads, MAX <= 4.
-template <int MAX, typename F>
+// Calls fn(integral_constant NH, first head) over blocks of at most 4 heads.
+template <typename F>
 static void for_head_blocks(int64_t n_group, F && fn) {
-    for (int64_t h = 0; h < n_group; h += MAX) {
-        switch (std::min<int64_t>(n_group - h, MAX)) {
+    for (int64_t h = 0; h < n_group; h += 4) {
+        switch (std::min<int64_t>(n_group - h, 4)) {
             case 4: fn(std::integral_constant<int, 4>(), h); break;
             case 3: fn(std::integral_constant<int, 3>(), h); break;
             case 2: fn(std::integral_constant<int, 2>(), h); break;
@@ -117,21 +124,17 @@ static void for_head_blocks(int64_t n_group, F && fn) {
     }
 }
 
-// The logits q.k of n cells, [n_group][FAC_CHUNK]. k: pointers to n rows, and to any rows up to a multiple of 4. Calls
-// ahead(first cell) before each 4.
-template <typename T, typename F>
-static void fac_logits(const fac_input & in, const T * const * k, int64_t n, float * logits, F && ahead) {
-    for (int64_t c = 0; c < n; c += 4) {
-        ahead(c);
-        for_head_blocks<DOT_HEADS>(in.n_group, [&](auto nh, int64_t h) {
-            fac_dot4<decltype(nh)::value>(in.q + h*in.q_stride, in.q_stride, k + c, in.k.d, logits + h*FAC_CHUNK + c);
-        });
-    }
+// The logits q.k of 4 cells, as out[h][0..4).
+template <typename T>
+static void fac_logits(const fac_input & in, const T * const * k, float * out) {
+    for_head_blocks(in.n_group, [&](auto nh, int64_t h) {
+        fac_dot4<decltype(nh)::value>(in.q + h*in.q_stride, in.q_stride, k, in.k.d, out + h*FAC_CHUNK);
+    });
 }
 
 template <typename T>
 static void fac_weighted_values(const fac_input & in, const float * p, const T * const * v, int64_t n, float * part) {
-    for_head_blocks<4>(in.n_group, [&](auto nh, int64_t h) {
+    for_head_blocks(in.n_group, [&](auto nh, int64_t h) {
         fac_values_row<decltype(nh)::value>(p + h*FAC_CHUNK, v, n, in.v.d, part + h*(in.v.d + 2), in.v.d + 2);
     });
 }
@@ -197,52 +200,86 @@ static void fac_softmax(float * p, int64_t n, float scale, float softcap, float 
     sum += hsum(total);
 }
 
-// Adds cells to the part that begins empty, FAC_CHUNK at a time.
-static void fac_cells(const fac_input & in, const int32_t * cells, int64_t n_cells, float * scratch, float * part) {
-    const int64_t d_v    = in.v.d;
-    const size_t  k_size = ggml_row_size(in.k.type, in.k.d);
-    const size_t  v_size = ggml_row_size(in.v.type, d_v);
+// Attention of KV groups over the same cells, FAC_CHUNK at a time; the part of each begins empty. Rows are asked for a while
+// before they are needed, as memory is slow, and a few at a time, as it takes in few at once: of V while K is at work, of K
+// AHEAD cells before. DENSE: cells are all those of some place in memory, so what lies beyond it is needed next.
+template <bool DENSE>
+static void fac_cells(
+        const fac_groups & all, const int32_t * cells, int64_t n_cells, float * scratch, float * part, size_t part_stride) {
+    constexpr int64_t AHEAD = 32;
 
-    float * logits = scratch;
-    float * rows   = scratch + in.n_group*FAC_CHUNK;
+    const fac_input first    = all.first;
+    const int64_t   n_groups = DENSE ? all.n_groups : 1;
+    const int64_t   n_group  = first.n_group;
+    const int64_t   d_v      = first.v.d;
+    const size_t    k_size   = ggml_row_size(first.k.type, first.k.d);
+    const size_t    v_size   = ggml_row_size(first.v.type, d_v);
 
-    std::fill(part, part + fac_part_size(in), 0.0f);
-    for (int64_t h = 0; h < in.n_group; ++h) {
-        part[h*(d_v + 2) + d_v] = -INFINITY;
-    }
+    // rows of F16 are read where they lie, those of all groups before the next cell
+    const int64_t n_at_once = first.k.type == GGML_TYPE_F16 ? n_groups : 1;
 
-    // memory is slow and rows are scattered: ask for them a while before they are needed, a few at a time
-    constexpr int64_t AHEAD = 32; // cells
-    auto prefetch = [n_cells, cells](const cache_rows & rows, size_t size, int64_t c, int64_t n) {
-        for (int64_t i = c; i < std::min(n_cells, c + n); ++i) {
-            fasa::prefetch(rows.row(cells[i]), size);
+    float * logits = scratch; // [n_groups][n_group][FAC_CHUNK]
+    float * rows   = scratch + n_groups*n_group*FAC_CHUNK;
+
+    auto ask_for = [](const cache_rows & x, size_t size, const int32_t * cells, int64_t n, int64_t further) {
+        for (int64_t i = 0; i < n; ++i) {
+            prefetch(x.row(cells[i] + further), size);
         }
     };
 
-    prefetch(in.k, k_size, 0, AHEAD);
+    for (int64_t g = 0; g < n_groups; ++g) {
+        std::fill(part + g*part_stride, part + g*part_stride + fac_part_size(first), 0.0f);
+        for (int64_t h = 0; h < n_group; ++h) {
+            part[g*part_stride + h*(d_v + 2) + d_v] = -INFINITY;
+        }
+        ask_for(all.group(g).k, k_size, cells, std::min(n_cells, AHEAD), 0);
+    }
     for (int64_t c0 = 0; c0 < n_cells; c0 += FAC_CHUNK) {
         const int64_t n = std::min(FAC_CHUNK, n_cells - c0);
 
-        with_rows(in.k, cells + c0, n, rows, [&](auto * k) {
-            fac_logits(in, k, n, logits, [&](int64_t c) {
-                prefetch(in.k, k_size, c0 + c + AHEAD, 4);
-                prefetch(in.v, v_size, c0 + c, 4);
+        for (int64_t g0 = 0; g0 < n_groups; g0 += n_at_once) {
+            with_rows(all.group(g0).k, cells + c0, n, rows, [&](auto * k) {
+                for (int64_t c = 0; c < n; c += 4) {
+                    const int32_t * four    = cells + c0 + c;
+                    const int64_t   n_four  = std::min<int64_t>(4, n - c);
+                    const int64_t   n_ahead = std::min<int64_t>(4, n_cells - c0 - c - AHEAD);
+
+                    for (int64_t g = g0; g < g0 + n_at_once; ++g) {
+                        const fac_input in = all.group(g);
+                        if (DENSE) {
+                            ask_for(in.k, k_size, four, n_four, AHEAD);
+                        } else {
+                            ask_for(in.k, k_size, four + AHEAD, n_ahead, 0);
+                        }
+                        ask_for(in.v, v_size, four, n_four, 0);
+
+                        const int64_t step = (g - g0)*all.k_step/sizeof(*k[0]);
+                        std::remove_reference_t<decltype(*k)> row[] = { k[c] + step, k[c + 1] + step, k[c + 2] + step, k[c + 3] + step };
+                        fac_logits(in, row, logits + g*n_group*FAC_CHUNK + c);
+                    }
+                }
             });
-        });
-        for (int64_t h = 0; h < in.n_group; ++h) {
-            fac_softmax(logits + h*FAC_CHUNK, n, in.scale, in.softcap, part + h*(d_v + 2), d_v);
         }
-        with_rows(in.v, cells + c0, n, rows, [&](auto * v) {
-            fac_weighted_values(in, logits, v, n, part);
-        });
+        for (int64_t g = 0; g < n_groups; ++g) {
+            const fac_input in = all.group(g);
+            float * p    = logits + g*n_group*FAC_CHUNK;
+            float * sums = part   + g*part_stride;
+            for (int64_t h = 0; h < n_group; ++h) {
+                fac_softmax(p + h*FAC_CHUNK, n, in.scale, in.softcap, sums + h*(d_v + 2), d_v);
+            }
+            with_rows(in.v, cells + c0, n, rows, [&](auto * v) {
+                fac_weighted_values(in, p, v, n, sums);
+            });
+        }
     }
 }
 
 void fac_chunk(const fac_input & in, const int32_t * cells, int64_t n_cells, int64_t chunk, float * scratch, float * part) {
-    fac_cells(in, cells + chunk*FAC_CHUNK, std::min(FAC_CHUNK, n_cells - chunk*FAC_CHUNK), scratch, part);
+    fac_cells<false>({ in, 1, 0, 0, 0 }, cells + chunk*FAC_CHUNK, std::min(FAC_CHUNK, n_cells - chunk*FAC_CHUNK), scratch, part, 0);
 }
 
-void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chunk, float * scratch, float * part) {
+void dense_chunk(
+        const fac_groups & all, mask_row mask, int64_t n_kv, int64_t chunk, float * scratch, float * part, size_t part_stride) {
     constexpr int64_t TILE = GGML_FASA_TILE;
 
     const int64_t t1 = std::min(n_kv, (chunk + 1)*DENSE_CHUNK);
@@ -256,7 +293,7 @@ void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chun
             n += ~hidden >> i & 1;
         }
     }
-    fac_cells(in, cells, n, scratch, part);
+    fac_cells<true>(all, cells, n, scratch, part, part_stride);
 }
 
 void fac_merge(const float * part, int64_t n_group, int64_t d_v, int64_t n_chunk, int64_t head, const float * sink, float * out) {

@@ -59,9 +59,10 @@ struct index_plane {
     const char * chunk(int64_t i) const { return tile(i*(TIP_CHUNK/GGML_FASA_TILE)); }
 };
 
-// 4-byte words of tip's query of one head: n_dim floats for an F16 index; for one of integers the factor (float) that
-// makes S out of d * sum, what the sum starts from (int32), and the q' in fours, zeros beyond n_dim.
-inline int64_t tip_query_size(int64_t n_dim) { return n_dim + 2; }
+// 4-byte words of tip's query of one head: n_dim floats for an F16 index; for one of integers vectors whose lanes are all the
+// same: the factor (float) that makes S out of d * sum, what the sum starts from (int32), and the q' in fours, zeros beyond
+// n_dim.
+int64_t tip_query_size(int64_t n_dim);
 
 // Makes tip's queries [n_group][tip_query_size] out of floats [n_group][n_dim] that are multiplied by scale.
 void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, float * query);
@@ -92,16 +93,35 @@ struct fac_input {
     float         softcap;
 };
 
+// KV groups side by side: the first, and what is between one and the next, in floats of q and bytes of K and V.
+struct fac_groups {
+    fac_input first;
+    int64_t   n_groups;
+    int64_t   q_step;
+    size_t    k_step;
+    size_t    v_step;
+
+    fac_input group(int64_t g) const {
+        fac_input in = first;
+        in.q += g*q_step;
+        in.k.data = (const char *) in.k.data + g*k_step;
+        in.v.data = (const char *) in.v.data + g*v_step;
+        return in;
+    }
+};
+
 // A part of attention before division by the softmax sum, [n_group][d_v + 2]: for each head sum_t p * v, then the largest
 // logit (-inf if there is no cell), then the sum of p.
 inline int64_t fac_part_size(const fac_input & in) { return in.n_group*(in.v.d + 2); }
 
-// Floats of scratch that one thread needs for the two below.
-inline int64_t fac_thread_scratch(int64_t n_group, int64_t d) { return (n_group + d)*FAC_CHUNK; }
+// Floats of scratch that one thread needs for the two below, for n_head heads of one or more groups.
+inline int64_t fac_thread_scratch(int64_t n_head, int64_t d) { return (n_head + d)*FAC_CHUNK; }
 
-// Attention over one chunk of the selected cells, and over one chunk of all visible cells.
+// Attention over one chunk of the selected cells, and over one chunk of all visible cells, of several groups at once as
+// their K rows lie side by side in memory: the part of each is part_stride floats behind the one before.
 void fac_chunk  (const fac_input & in, const int32_t * cells, int64_t n_cells, int64_t chunk, float * scratch, float * part);
-void dense_chunk(const fac_input & in, mask_row mask, int64_t n_kv, int64_t chunk, float * scratch, float * part);
+void dense_chunk(
+        const fac_groups & all, mask_row mask, int64_t n_kv, int64_t chunk, float * scratch, float * part, size_t part_stride);
 
 // Once all chunks are done: attention output of one head, out[d_v]. part: [n_chunk] parts; sink: the head's attention sink
 // or NULL.
