@@ -258,9 +258,12 @@ def _backend(lib):
 
 
 class StageCalls:
-    """The stages inside the op, for one index type and budget: what a thread needs to call them for its KV heads."""
+    """The stages inside the op, for one index type and budget: what n_threads need to call them, each for every n-th KV head.
 
-    def __init__(self, step, index_type, budget):
+    Scratch is a thread's own and stays in its core's cache, as in the op.
+    """
+
+    def __init__(self, step, index_type, budget, n_threads):
         self.step, self.t, self.budget = step, index_type, min(budget, step.n_kv)
         lib, ffi, d = step.lib, step.lib.ffi, step.d
         n_kv, R, G, J = step.n_kv, step.R, step.G, step.J
@@ -274,7 +277,8 @@ class StageCalls:
         self.cells = [pointer(np.zeros(self.budget, np.int32), "int32_t *") for _ in range(G)]
         self.out = [pointer(np.zeros(R * d, np.float32)) for _ in range(G)]
         n_scratch = lib.ggml_fasa_cpu_tip_scratch(R, J, n_kv) + lib.ggml_fasa_cpu_fac_scratch(R, self.budget, d) + n_kv
-        self.scratch = [pointer(np.zeros(n_scratch, np.float32)) for _ in range(G)]
+        scratch = [pointer(np.zeros(n_scratch, np.float32)) for _ in range(n_threads)]
+        self.scratch = [scratch[g % n_threads] for g in range(G)]
         self.mask = lib.ggml_get_data(step.mask)
 
         def heads(tensors, n_bytes):
@@ -345,12 +349,15 @@ class Team:
     def __init__(self, n_threads):
         self.n = n_threads
         self.pool = ThreadPoolExecutor(n_threads)
+        self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 
     def seconds(self, work):
         """Wall time from the first thread's start of work(i), i in 0 .. n_threads - 1, to the last one's end."""
         barrier = threading.Barrier(self.n)
 
         def share(i):
+            if self.cpus:  # threads that wake each other would begin on one
+                os.sched_setaffinity(0, {self.cpus[i % len(self.cpus)]})
             barrier.wait()
             start = time.perf_counter()
             work(i)
@@ -409,7 +416,7 @@ def measurements(step, args, team):
         for budget in args.budget:
             n_sel = min(budget, step.n_kv) * step.kv_bytes // step.n_kv
             op("fasa", n_index + n_sel, lambda c, t=t, b=budget: step.fasa(c, t, b), index_type, budget)
-            calls = StageCalls(step, t, budget)
+            calls = StageCalls(step, t, budget, team.n)
             if budget == args.budget[0]:
                 stage("tip", n_index, calls.tip, index_type)
             team.stage(step.G, [0], calls.tip)  # select needs scores, fac cells

@@ -365,12 +365,19 @@ void tip_combine(
     for (int64_t t = t0; t < t1; t += TILE) {
         const int64_t n = std::min(TILE, t1 - t);
 
-        for (int64_t i = t; i < t + TILE; i += W) {
-            vec s = zero();
-            for (int64_t h = 0; h < n_group; ++h) {
-                s = fma(splat(f[h]), load(weight + h*stride + i), s);
+        vec sum[TILE/W];
+        for (vec & x : sum) {
+            x = zero();
+        }
+        for (int64_t h = 0; h < n_group; ++h) {
+            const vec     fh = splat(f[h]);
+            const float * w  = weight + h*stride + t;
+            for (int i = 0; i < TILE/W; ++i) {
+                sum[i] = fma(fh, load(w + i*W), sum[i]);
             }
-            store(scores + i, s);
+        }
+        for (int i = 0; i < TILE/W; ++i) {
+            store(scores + t + i*W, sum[i]);
         }
         const mask_row::tile_bits marks = plain ? mask_row::tile_bits{ 0, 0 } : mask.tile(t, n);
         for (uint32_t bits = marks.hidden | marks.forced; bits; bits &= bits - 1) {
