@@ -1,7 +1,8 @@
 """End-to-end speed by llama-bench, FASA against off: decode at several depths, and reading a prompt.
 
 One run of llama-bench measures every setting of a depth in turn, so that all share one reading of the context and a
-machine that slows down slows all; every round starts with another one. Prints one JSON line per measurement and a
+machine that slows down slows all; every round starts with another one. With --turns the depths take turns too, where
+speed at one is to be compared with speed at another. Prints one JSON line per measurement and a
 table of medians. A FASA run that made no sparse step is an error, not a row.
 """
 
@@ -166,6 +167,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-gpu-layers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=1, help="times that everything is measured anew (default: 1)")
     parser.add_argument("--reps", type=int, default=1, help="repetitions in a row within a round (default: 1)")
     parser.add_argument("--n-gen", type=int, default=32, help="tokens generated per repetition (default: 32)")
     parser.add_argument("--bench-args", default="", help="more arguments of llama-bench, in one string")
@@ -180,7 +182,7 @@ def main():
     if args.prompt:
         runs.append(("prefill", ["-p", ",".join(map(str, args.prompt)), "-n", "0", "-d", "0"]))
     rows = []
-    for kind, tests in runs:
+    for kind, tests in runs * args.turns:
         for measured in measure(bench, args, kind, tests):
             rows.append(measured)
             emit(measured, args.out)
