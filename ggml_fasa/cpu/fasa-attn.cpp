@@ -229,10 +229,8 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
             op.gather_q(g0 + g, t, s, q_tip + R*op.n_dim, q_tip);
             fasa::tip_query(q_tip, R, op.n_dim, op_index_type(op.dst), query);
         }
-        const int64_t next = g*tip_chunk + chunk + 1;
         fasa::tip_chunk(query, R, op.index_plane(g0 + g, s), mask, op.n_kv, chunk,
-                weight + g*R*op.stride, op.stride, peak + g*R*tip_chunk, sum + g*R*tip_chunk,
-                next < last ? op.index_plane(g0 + next/tip_chunk, s).chunk(next%tip_chunk) : nullptr);
+                weight + g*R*op.stride, op.stride, peak + g*R*tip_chunk, sum + g*R*tip_chunk);
     });
     team.wait();
 

@@ -55,8 +55,7 @@ struct index_plane {
     int64_t              n_dim;
     const void         * data;
 
-    const char * tile (int64_t i) const { return (const char *) data + i*ggml_fasa_tile_size(type, n_dim); }
-    const char * chunk(int64_t i) const { return tile(i*(TIP_CHUNK/GGML_FASA_TILE)); }
+    const char * tile(int64_t i) const { return (const char *) data + i*ggml_fasa_tile_size(type, n_dim); }
 };
 
 // 4-byte words of tip's query of one head: n_dim floats for an F16 index; for one of integers vectors whose lanes are all the
@@ -69,10 +68,10 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
 
 // tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, 0 where hidden. peak and total are [n_chunk][n_group]:
 // the power of two nearest the chunk's largest exp(S_h), as an exponent (-inf if it shows no cell), and its sum of
-// weights. Rows of weight are stride floats apart. next: the chunk of the index that the thread needs next, or NULL.
+// weights. Rows of weight are stride floats apart.
 void tip_chunk(
         const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
-        float * weight, int64_t stride, float * peak, float * total, const char * next);
+        float * weight, int64_t stride, float * peak, float * total);
 
 // Once all chunks are done: the factors [n_chunk][n_group] that make weights softmax values.
 void tip_factors(int64_t n_group, int64_t n_chunk, const float * peak, const float * total, float * factor);

@@ -74,9 +74,10 @@ int64_t tip_query_size(int64_t n_dim) {
 static constexpr int MAX_HEADS = 4;
 static constexpr int NV        = 2; // vectors of cells per pass
 
-// How far ahead of the values at work memory is asked for more of them, a page of 4 KiB, where hardware stops to do so itself.
-// An index of integers takes more work for its bytes and does not wait for them.
-static constexpr int64_t PREFETCH = 2048;
+// How far ahead of what is at work memory is asked for more, beyond a page of 4 KiB, where hardware stops to do so itself:
+// in values of an F16 index, which is asked for value by value, and in tiles of one of integers.
+static constexpr int64_t PREFETCH       = 2048;
+static constexpr int64_t PREFETCH_TILES = 8;
 
 static_assert(TILE % (NV*W) == 0, "a tile is a whole number of passes");
 
@@ -205,6 +206,9 @@ static void tip_tiles(
     const size_t  size  = ggml_fasa_tile_size(index.type, n_dim);
 
     for (; n > 0; --n, tile += size, out += TILE) {
+        if (index.type != GGML_FASA_INDEX_F16) {
+            prefetch(tile + PREFETCH_TILES*size, size);
+        }
         switch (index.type) {
             case GGML_FASA_INDEX_Q8: tip_tile_int<NH, N_DIM, GGML_FASA_INDEX_Q8>(query, n_dim, tile, out, stride); break;
             case GGML_FASA_INDEX_Q4: tip_tile_int<NH, N_DIM, GGML_FASA_INDEX_Q4>(query, n_dim, tile, out, stride); break;
@@ -278,7 +282,7 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
 
 void tip_chunk(
         const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
-        float * weight, int64_t stride, float * peak, float * total, const char * next) {
+        float * weight, int64_t stride, float * peak, float * total) {
     const int64_t t0 = chunk*TIP_CHUNK;
     const int64_t t1 = std::min(n_kv, t0 + TIP_CHUNK);
     const int64_t te = t0 + GGML_PAD(t1 - t0, TILE);
@@ -300,12 +304,8 @@ void tip_chunk(
         }
     }
 
-    const size_t n_next = next ? TIP_CHUNK/TILE*ggml_fasa_tile_size(index.type, index.n_dim) : 0;
     for (int64_t h = 0; h < n_group; ++h) {
         float * w = weight + h*stride;
-
-        // what follows does not touch memory, which can bring the next chunk meanwhile
-        prefetch(next + n_next*h/n_group, n_next/n_group);
 
         vec vmax = splat(-INFINITY);
         for (int64_t t = t0; t < te; t += 2*W) {
@@ -474,8 +474,7 @@ void ggml_fasa_cpu_tip(
     float * factor = total + n_group*n_chunk;
     fasa::tip_query(q, n_group, n_dim, plane.type, query);
     for (int64_t c = 0; c < n_chunk; ++c) {
-        const char * next = c + 1 < n_chunk ? plane.chunk(c + 1) : nullptr;
-        fasa::tip_chunk(query, n_group, plane, row, n_kv, c, weight, stride, peak, total, next);
+        fasa::tip_chunk(query, n_group, plane, row, n_kv, c, weight, stride, peak, total);
     }
     fasa::tip_factors(n_group, n_chunk, peak, total, factor);
     for (int64_t c = 0; c < n_chunk; ++c) {
