@@ -304,7 +304,10 @@ def test_tip_of_equal_cells_among_others_is_equal(rng, index_type, use_ref):
 
 @PATHS
 @pytest.mark.parametrize("budget", shapes.BUDGETS)
-@pytest.mark.parametrize("kind", ["random", "quantised", "equal", "masked", "softmax", "ascending", "descending"])
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "quantised", "equal", "masked", "softmax", "ascending", "descending", "side by side", "repeating"],
+)
 def test_select(rng, budget, kind, use_ref):
     for n_kv in shapes.around(budget):
         scores = {
@@ -315,6 +318,8 @@ def test_select(rng, budget, kind, use_ref):
             "softmax": lambda n: np.exp(10 * shapes.f32(rng, n)),
             "ascending": lambda n: np.arange(n),
             "descending": lambda n: np.arange(n, 0, -1),
+            "side by side": lambda n: np.exp(-np.abs(np.arange(n) - n // 3) / 20) + rng.random(n) / 100,
+            "repeating": lambda n: np.resize(rng.random(2 * budget + 8), n),
         }[kind](n_kv).astype(np.float32)
         if kind == "masked":  # some always selected, fewer than the budget
             forced = rng.permutation(n_kv)[: min(n_kv, budget) // 2]
