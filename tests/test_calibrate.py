@@ -268,8 +268,16 @@ def test_an_exception_while_observing_reaches_the_caller(tmp_path):
     assert seen == [0, 1]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where tests run as a background job, for which a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_at_any_moment_ends_the_evaluation(tmp_path, rng):
+def test_a_signal_at_any_moment_ends_the_evaluation(tmp_path, rng, interruptible):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", shape=Shape(n_layer=40))
 
     def evaluate():
