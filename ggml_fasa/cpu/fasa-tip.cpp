@@ -81,7 +81,7 @@ static constexpr int64_t PREFETCH_TILES = 8;
 
 static_assert(TILE % (NV*W) == 0, "a tile is a whole number of passes");
 
-// Dims of 16 FCs, which calibration keeps by default: kernels are compiled for these, and for any number, N_DIM = 0.
+// Dims of 16 FCs, which calibration keeps for heads of 64 dims: kernels are compiled for these, and for any number, N_DIM = 0.
 static constexpr int USUAL_DIMS = 32;
 
 // Scores a tile for NH heads: out[h][0..TILE) = S_h. query is as tip_query makes it.
@@ -183,7 +183,7 @@ static void tip_tile_int(const float * query, int64_t any_dim, const char * tile
             add_words_q8(acc, words + c*4, 0, n_word, q, size);
         } else {
             int64_t w = 0;
-            for (; w + RUN <= n_word; w += RUN) { // as most models have it: a loop that unrolls
+            for (; w + RUN <= n_word; w += RUN) { // a loop that unrolls
                 add_words_q4(acc, words + c*4 + w*TILE*4, 0, RUN, q + 2*w*W, size);
             }
             if (w < n_word) {
