@@ -10,6 +10,8 @@
 
 namespace fasa {
 
+static constexpr uint32_t KEY_FORCED = 0x7F800000; // of +inf
+
 static uint32_t key_of(float score) {
     uint32_t u;
     memcpy(&u, &score, sizeof(u));
@@ -72,34 +74,53 @@ static float select_bound(const float * scores, int64_t n_kv, int64_t budget, fl
 // Finds the smallest selected score, and how many cells with exactly that score fit, from the keys of the n cells that can
 // be among the best, of which there are more than budget. Overwrites keys.
 static void select_threshold(uint32_t * keys, int64_t n, int64_t budget, float * threshold, int64_t * n_equal) {
+    constexpr int BITS = 8; // of a digit
+
+    uint32_t least = KEY_FORCED;
+    uint32_t most  = 0; // of those that are not forced
+    for (int64_t i = 0; i < n; ++i) {
+        least = std::min(least, keys[i]);
+        most  = std::max(most, keys[i] == KEY_FORCED ? 0 : keys[i]);
+    }
+    most = std::max(least, most);
+
+    // digits of what keys are above the least, only as high as these need; forced ones are above them all
+    int shift = 0;
+    while ((most - least) >> shift >> BITS) {
+        ++shift;
+    }
+    const uint32_t forced = 1u << BITS << shift;
+    for (int64_t i = 0; i < n; ++i) {
+        keys[i] = keys[i] == KEY_FORCED ? forced : keys[i] - least;
+    }
+
     uint32_t key  = 0;      // digits of the threshold found so far
     int64_t  need = budget; // cells still to place among those that begin with them
-
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        if (n == 1) {
-            key = keys[0];
-            break;
-        }
-        uint32_t count[256] = { 0 };
+    while (true) {
+        uint32_t count[(1 << BITS) + 1] = { 0 };
         for (int64_t i = 0; i < n; ++i) {
-            count[keys[i] >> shift & 255]++;
+            count[(keys[i] - key) >> shift]++;
         }
-        uint32_t digit = 255;
+        uint32_t digit = 1 << BITS;
         for (; need > (int64_t) count[digit]; --digit) {
             need -= count[digit];
         }
-        key |= digit << shift;
+        key += digit << shift;
+        if (shift == 0 || key == forced) {
+            break;
+        }
 
         int64_t kept = 0;
         for (int64_t i = 0; i < n; ++i) {
             const uint32_t k = keys[i];
             keys[kept] = k;
-            kept += k >> shift == key >> shift;
+            kept += (k - key) >> shift == 0;
         }
-        n = kept;
+        n     = kept;
+        shift = std::max(shift - BITS, 0);
     }
 
-    *threshold = score_of(key);
+    *threshold = score_of(key == forced ? KEY_FORCED : key + least);
     *n_equal   = need;
 }
 
