@@ -193,17 +193,20 @@ def test_tip_every_number_of_dims(rng, n_dim, index_type, use_ref):
     assert_scores(run_tip(q, index, mask, use_ref, index_type), oracle.tip(q, index, mask, index_type))
 
 
+@pytest.mark.parametrize("n_dim", [32, 64, 72, 128, 256])
 @pytest.mark.parametrize("index_type", ["q8", "q4"])
-def test_tip_of_integers_at_their_ends(rng, index_type):
-    """The largest integers of one sign in q and index: sums that 16 bits would not hold."""
-    n_kv, n_dim = 64, 256
+def test_tip_of_integers_at_their_ends(rng, index_type, n_dim):
+    """The largest integers of one sign in q and index: sums that 16 bits would not hold, in the end or on the way."""
+    n_kv = 64
     mask = np.zeros(n_kv, np.float32)
-    for byte in (0x00, 0x01, 0xFF):
+    for first, last in ((0x00, 0x00), (0x11, 0x11), (0xFF, 0xFF), (0x00, 0xFF), (0xFF, 0x00)):
         for sign in (-1, 1):
             index = random_index(rng, index_type, n_kv, n_dim)
             scales, words = oracle.tile_parts(index)
             scales[...] = np.linspace(1e-6, 2e-6, n_kv).reshape(scales.shape)
-            words[...] = max(byte, 1) if index_type == "q8" else byte * 0x11 % 256
+            half = words.shape[1] // 2
+            words[:, :half] = max(first, 1) if index_type == "q8" else first
+            words[:, half:] = max(last, 1) if index_type == "q8" else last
             q = np.full((2, n_dim), sign, np.float32)
             expected = oracle.tip(q, index, mask, index_type)
             for use_ref in (True, False):

@@ -50,6 +50,7 @@ struct attn_op {
 
     bool    dense;
     int64_t d_k, d_v, n_kv, n_row, n_stream, n_head, n_head_kv, n_group, n_dim, n_sel, stride;
+    size_t  k_size, v_size; // bytes of a row of one head
     int64_t hadamard;
     float   scale, softcap;
 
@@ -74,6 +75,8 @@ struct attn_op {
         n_dim     = dense ? 0 : dims->ne[0];
         n_sel     = dense ? n_kv : std::min<int64_t>(ggml_get_op_params_i32(op, GGML_FASA_OP_PARAM_BUDGET), n_kv);
         stride    = GGML_PAD(n_kv, GGML_FASA_TILE);
+        k_size    = ggml_row_size(k->type, d_k);
+        v_size    = ggml_row_size(v->type, d_v);
         hadamard  = ggml_get_op_params_i32(op, GGML_FASA_OP_PARAM_HADAMARD);
         scale     = ggml_get_op_params_f32(op, GGML_FASA_OP_PARAM_SCALE);
         softcap   = ggml_get_op_params_f32(op, GGML_FASA_OP_PARAM_SOFTCAP);
@@ -90,10 +93,10 @@ struct attn_op {
         return (const float *) ((const char *) q->data + t*q->nb[1] + h*q->nb[2] + s*q->nb[3]);
     }
     fasa::fac_input fac_input(int64_t g, int64_t t, int64_t s) const {
-        auto rows = [&](const ggml_tensor * x) {
-            return fasa::cache_rows{ (const char *) x->data + g*x->nb[2] + s*x->nb[3], x->type, x->nb[1], x->ne[0] };
+        auto rows = [&](const ggml_tensor * x, size_t size) {
+            return fasa::cache_rows{ (const char *) x->data + g*x->nb[2] + s*x->nb[3], x->type, x->nb[1], x->ne[0], size };
         };
-        return { q_row(g*n_group, t, s), n_group, (int64_t) (q->nb[2]/sizeof(float)), rows(k), rows(v), scale, softcap };
+        return { q_row(g*n_group, t, s), n_group, (int64_t) (q->nb[2]/sizeof(float)), rows(k, k_size), rows(v, v_size), scale, softcap };
     }
     fasa::fac_groups fac_groups(int64_t g, int64_t n_groups, int64_t t, int64_t s) const {
         return { fac_input(g, t, s), n_groups, (int64_t) (n_group*q->nb[2]/sizeof(float)), k->nb[2], v->nb[2] };
@@ -166,13 +169,13 @@ struct layout {
 struct row_scratch {
     layout all;
     size_t weight, peak, sum, scores, part;
-    size_t own, q_tip, query, factor, keys, cells, fac, total; // of each thread, from own + ith*total
+    size_t own, q_tip, query, factor, plain, keys, cells, fac, total; // of each thread, from own + ith*total
 
     row_scratch(const attn_op & op, int64_t n_groups, int nth) {
         const int64_t R       = op.n_group;
         const int64_t n_chunk = fasa::n_tip_chunk(op.n_kv);
 
-        weight  = all.take(n_groups*R*op.stride);
+        weight  = all.take(n_groups*n_chunk*R*fasa::TIP_CHUNK);
         peak    = all.take(n_groups*R*n_chunk);
         sum     = all.take(n_groups*R*n_chunk);
         scores  = all.take(n_groups*op.stride);
@@ -182,6 +185,7 @@ struct row_scratch {
         q_tip   = mine.take(R*op.n_dim + op.d_k);
         query   = mine.take(R*fasa::tip_query_size(op.n_dim));
         factor  = mine.take(R*n_chunk);
+        plain   = mine.take((n_chunk + 3)/4);
         keys    = mine.take(2*op.n_kv);
         cells   = mine.take(op.n_sel);
         fac     = mine.take(fasa::fac_thread_scratch(R, std::max(op.d_k, op.d_v)));
@@ -199,7 +203,6 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
     const int64_t fac_chunk = fasa::n_fac_chunk(op.n_sel);
     const size_t  part_size = R*(op.d_v + 2);
 
-    float * weight = scratch + at.weight;
     float * peak   = scratch + at.peak;
     float * sum    = scratch + at.sum;
     float * scores = scratch + at.scores;
@@ -209,6 +212,7 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
     float    * q_tip  = own + at.q_tip;
     float    * query  = own + at.query;
     float    * factor = own + at.factor;
+    bool     * plain  = (bool *) (own + at.plain); // [tip_chunk]
     uint32_t * keys   = (uint32_t *) (own + at.keys);
     int32_t  * cells  = (int32_t *) (own + at.cells);
 
@@ -216,6 +220,13 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
 
     const int64_t first = team.first(n_groups*tip_chunk);
     const int64_t last  = team.last (n_groups*tip_chunk);
+
+    for (int64_t i = first; i < std::min(last, first + tip_chunk); ++i) {
+        plain[i%tip_chunk] = mask.plain_chunk(i%tip_chunk, op.n_kv); // for all groups
+    }
+    auto weight = [&](int64_t g, int64_t chunk) { // [R][TIP_CHUNK]
+        return scratch + at.weight + (g*tip_chunk + chunk)*R*fasa::TIP_CHUNK;
+    };
 
     // calls fn(group, chunk, whether the group is another than in the call before) for this thread's chunks
     auto for_tip_chunks = [&](auto && fn) {
@@ -229,8 +240,8 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
             op.gather_q(g0 + g, t, s, q_tip + R*op.n_dim, q_tip);
             fasa::tip_query(q_tip, R, op.n_dim, op_index_type(op.dst), query);
         }
-        fasa::tip_chunk(query, R, op.index_plane(g0 + g, s), mask, op.n_kv, chunk,
-                weight + g*R*op.stride, op.stride, peak + g*R*tip_chunk, sum + g*R*tip_chunk);
+        fasa::tip_chunk(query, R, op.index_plane(g0 + g, s), mask, plain[chunk], op.n_kv, chunk,
+                weight(g, chunk), peak + g*R*tip_chunk, sum + g*R*tip_chunk);
     });
     team.wait();
 
@@ -238,7 +249,7 @@ void attn_row(const attn_op & op, int64_t t, int64_t s, int64_t g0, int64_t n_gr
         if (new_group) {
             fasa::tip_factors(R, tip_chunk, peak + g*R*tip_chunk, sum + g*R*tip_chunk, factor);
         }
-        fasa::tip_combine(weight + g*R*op.stride, op.stride, R, factor, mask, op.n_kv, chunk, scores + g*op.stride);
+        fasa::tip_combine(weight(g, chunk), R, factor, mask, plain[chunk], op.n_kv, chunk, scores + g*op.stride);
     });
     team.wait();
 

@@ -31,7 +31,7 @@ static void fac_dot4(const float * q, int64_t q_stride, const T * const * k, int
         for (; i + W <= d; i += W) {
             vec qi[NH];
             for (int h = 0; h < NH; ++h) {
-                qi[h] = load(q + h*q_stride + i);
+                qi[h] = in_register(load(q + h*q_stride + i));
             }
             for (int c = 0; c < NC; ++c) {
                 const vec x = load(k[c0 + c] + i);
@@ -58,6 +58,15 @@ static void fac_dot4(const float * q, int64_t q_stride, const T * const * k, int
                 }
             }
         }
+    }
+}
+
+// The same for n rows, a multiple of 4, each step elements behind where k says.
+template <int NH, typename T>
+static void fac_dots(const float * q, int64_t q_stride, const T * const * k, int64_t step, int64_t n, int64_t d, float * out) {
+    for (int64_t c = 0; c < n; c += 4) {
+        const T * const four[] = { k[c] + step, k[c + 1] + step, k[c + 2] + step, k[c + 3] + step };
+        fac_dot4<NH>(q, q_stride, four, d, out + c);
     }
 }
 
@@ -124,11 +133,11 @@ static void for_head_blocks(int64_t n_group, F && fn) {
     }
 }
 
-// The logits q.k of 4 cells, as out[h][0..4).
+// The logits q.k of n cells, a multiple of 4, as out[h][0..n), of K rows step elements behind where k says.
 template <typename T>
-static void fac_logits(const fac_input & in, const T * const * k, float * out) {
+static void fac_logits(const fac_input & in, const T * const * k, int64_t step, int64_t n, float * out) {
     for_head_blocks(in.n_group, [&](auto nh, int64_t h) {
-        fac_dot4<decltype(nh)::value>(in.q + h*in.q_stride, in.q_stride, k, in.k.d, out + h*FAC_CHUNK);
+        fac_dots<decltype(nh)::value>(in.q + h*in.q_stride, in.q_stride, k, step, n, in.k.d, out + h*FAC_CHUNK);
     });
 }
 
@@ -200,20 +209,29 @@ static void fac_softmax(float * p, int64_t n, float scale, float softcap, float 
     sum += hsum(total);
 }
 
-// Attention of KV groups over the same cells, FAC_CHUNK at a time; the part of each begins empty. Rows are asked for a while
-// before they are needed, as memory is slow, and a few at a time, as it takes in few at once: of V while K is at work, of K
-// AHEAD cells before. DENSE: cells are all those of some place in memory, so what lies beyond it is needed next.
+// Brings a row into cache by reading it: of prefetches of rows far apart, one behind the other, CPUs drop some.
+static void fetch(const cache_rows & rows, int64_t cell) {
+    const volatile char * row = (const volatile char *) rows.row(cell);
+    (void) row[0];
+    (void) row[rows.size > 64 ? 64 : 0]; // most rows are of one or two lines
+    for (size_t i = 128; i < rows.size; i += 64) {
+        (void) row[i];
+    }
+}
+
+// Attention of KV groups over the same cells, FAC_CHUNK at a time; the part of each begins empty. DENSE: cells are all those of
+// some place in memory, which is asked for a while before it is needed, and a few rows at a time, as memory takes in few lines at
+// once: of V while K is at work, of K AHEAD cells before. Else rows lie far apart, and are fetched together.
 template <bool DENSE>
 static void fac_cells(
         const fac_groups & all, const int32_t * cells, int64_t n_cells, float * scratch, float * part, size_t part_stride) {
-    constexpr int64_t AHEAD = 32;
+    constexpr int64_t AHEAD   = 32;
+    constexpr int64_t AT_ONCE = DENSE ? 4 : FAC_CHUNK; // cells
 
     const fac_input first    = all.first;
     const int64_t   n_groups = DENSE ? all.n_groups : 1;
     const int64_t   n_group  = first.n_group;
     const int64_t   d_v      = first.v.d;
-    const size_t    k_size   = ggml_row_size(first.k.type, first.k.d);
-    const size_t    v_size   = ggml_row_size(first.v.type, d_v);
 
     // rows of F16 are read where they lie, those of all groups before the next cell
     const int64_t n_at_once = first.k.type == GGML_TYPE_F16 ? n_groups : 1;
@@ -221,41 +239,31 @@ static void fac_cells(
     float * logits = scratch; // [n_groups][n_group][FAC_CHUNK]
     float * rows   = scratch + n_groups*n_group*FAC_CHUNK;
 
-    auto ask_for = [](const cache_rows & x, size_t size, const int32_t * cells, int64_t n, int64_t further) {
-        for (int64_t i = 0; i < n; ++i) {
-            prefetch(x.row(cells[i] + further), size);
-        }
-    };
-
     for (int64_t g = 0; g < n_groups; ++g) {
         std::fill(part + g*part_stride, part + g*part_stride + fac_part_size(first), 0.0f);
         for (int64_t h = 0; h < n_group; ++h) {
             part[g*part_stride + h*(d_v + 2) + d_v] = -INFINITY;
         }
-        ask_for(all.group(g).k, k_size, cells, std::min(n_cells, AHEAD), 0);
     }
     for (int64_t c0 = 0; c0 < n_cells; c0 += FAC_CHUNK) {
         const int64_t n = std::min(FAC_CHUNK, n_cells - c0);
 
+        for (int64_t c = c0; c < c0 + n && !DENSE; ++c) {
+            fetch(first.k, cells[c]);
+            fetch(first.v, cells[c]);
+        }
         for (int64_t g0 = 0; g0 < n_groups; g0 += n_at_once) {
             with_rows(all.group(g0).k, cells + c0, n, rows, [&](auto * k) {
-                for (int64_t c = 0; c < n; c += 4) {
-                    const int32_t * four    = cells + c0 + c;
-                    const int64_t   n_four  = std::min<int64_t>(4, n - c);
-                    const int64_t   n_ahead = std::min<int64_t>(4, n_cells - c0 - c - AHEAD);
-
+                for (int64_t c = 0; c < n; c += AT_ONCE) {
+                    const int64_t n_now = std::min(AT_ONCE, n - c);
                     for (int64_t g = g0; g < g0 + n_at_once; ++g) {
                         const fac_input in = all.group(g);
-                        if (DENSE) {
-                            ask_for(in.k, k_size, four, n_four, AHEAD);
-                        } else {
-                            ask_for(in.k, k_size, four + AHEAD, n_ahead, 0);
+                        for (int64_t i = c0 + c; i < c0 + c + n_now && DENSE; ++i) {
+                            prefetch(in.k.row(cells[i] + AHEAD), in.k.size);
+                            prefetch(in.v.row(cells[i]),         in.v.size);
                         }
-                        ask_for(in.v, v_size, four, n_four, 0);
-
                         const int64_t step = (g - g0)*all.k_step/sizeof(*k[0]);
-                        std::remove_reference_t<decltype(*k)> row[] = { k[c] + step, k[c + 1] + step, k[c + 2] + step, k[c + 3] + step };
-                        fac_logits(in, row, logits + g*n_group*FAC_CHUNK + c);
+                        fac_logits(in, k + c, step, GGML_PAD(n_now, 4), logits + g*n_group*FAC_CHUNK + c);
                     }
                 }
             });
@@ -387,7 +395,9 @@ void ggml_fasa_cpu_fac(
         const void * v, int type_v, size_t v_stride, int64_t d_k, int64_t d_v, const int32_t * cells, int64_t n_cells,
         float scale, float softcap, const float * sinks, float * scratch, float * out, int64_t out_stride, bool use_ref) {
     const fasa::fac_input in = {
-        q, n_group, q_stride, { k, (ggml_type) type_k, k_stride, d_k }, { v, (ggml_type) type_v, v_stride, d_v }, scale, softcap,
+        q, n_group, q_stride,
+        { k, (ggml_type) type_k, k_stride, d_k, ggml_row_size((ggml_type) type_k, d_k) },
+        { v, (ggml_type) type_v, v_stride, d_v, ggml_row_size((ggml_type) type_v, d_v) }, scale, softcap,
     };
     if (use_ref) {
         fasa::fac_ref(in, cells, n_cells, sinks, scratch, out, out_stride);

@@ -103,7 +103,7 @@ void ggml_fasa_cpu_index_write(
     }
 
     float * values = scratch + d;
-    indexed_dims({ k, (ggml_type) type_k, 0, d }, hadamard, dims, n_dim, scratch, values);
+    indexed_dims({ k, (ggml_type) type_k, 0, d, 0 }, hadamard, dims, n_dim, scratch, values);
     for (int64_t j = 0; center && j < n_dim; ++j) {
         values[j] -= center[j];
     }

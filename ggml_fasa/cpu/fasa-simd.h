@@ -1,11 +1,13 @@
 // The few vector operations that the FASA kernels need, over the widest vector the build targets: AVX-512, AVX2 with FMA
 // and F16C, NEON, or one float. Every kernel is written once on top of these.
 //
-// scale2 is a * 2^n for n = t - t0, where t and t0 are of ROUND's binade and a and the result are normal.
+// scale2 is a * 2^(t - ROUND), where t is of ROUND's binade and a and the result are normal.
 //
 // ivec holds W int32. dot4 and dot8 add to each the sum of four products of bytes of x and q, q being signed: dot4 of
-// x in 0..15; dot8 of x - 128 + BIAS8, so that what one instruction computes is what is computed. dot4 adds to what
-// dot4_begin makes of a sum, at most DOT4_RUN times before dot4_end makes a sum of that again: 8*2*15*127 fits 16 bits.
+// x in 0..15; dot8 of x - 128 + BIAS8, so that what one instruction computes is what is computed. dot4 may keep the products
+// of the lower and of the upper two bytes apart, in 16 bits. It adds to a splat of dot4_start of -8 times the sum of the lower
+// and of the upper bytes of all q that follow, DOT4_RUN times at most: what is on the way to a sum of q*(x - 8) is no larger
+// than 2*16*127*8 then. In the end dot4_end adds either to acc.
 
 #pragma once
 
@@ -25,6 +27,8 @@
 #endif
 
 namespace fasa {
+
+constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: what is added to it is rounded to an integer, which its lowest bits hold
 
 // Asks for the cache line at p, which may lie beyond what is allocated; into L1.
 inline void prefetch(const void * p) {
@@ -74,9 +78,8 @@ inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 inline uint32_t ge_bits(vec a, vec b)              { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-inline vec   scale2(vec a, vec t, vec t0) {
-    const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(t), _mm512_castps_si512(t0));
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));
+inline vec   scale2(vec a, vec t) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
 
 using ivec = __m512i;
@@ -89,14 +92,14 @@ inline ivec  low_nibbles(ivec x)                   { return _mm512_and_si512(x, 
 inline ivec  high_nibbles(ivec x)                  { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 #if defined(__AVX512VNNI__)
 constexpr int BIAS8 = 128;
-inline ivec  dot4_begin(ivec acc)                  { return acc; }
-inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
+inline int32_t dot4_start(int32_t low, int32_t high) { return low + high; }
+inline ivec  dot4_end(ivec acc, ivec sums)         { return _mm512_add_epi32(acc, sums); }
 inline ivec  dot4(ivec acc, ivec x, ivec q)        { return _mm512_dpbusd_epi32(acc, x, q); }
 inline ivec  dot8(ivec acc, ivec x, ivec q)        { return _mm512_dpbusd_epi32(acc, x, q); }
 #else
 constexpr int BIAS8 = 0;
 inline ivec  pair_sums(ivec x)                     { return _mm512_madd_epi16(x, _mm512_set1_epi16(1)); }
-inline ivec  dot4_begin(ivec)                      { return _mm512_setzero_si512(); }
+inline int32_t dot4_start(int32_t low, int32_t high) { return (int32_t) ((uint32_t) high << 16 | (uint16_t) low); }
 inline ivec  dot4_end(ivec acc, ivec pairs)        { return _mm512_add_epi32(acc, pair_sums(pairs)); }
 inline ivec  dot4(ivec pairs, ivec x, ivec q)      { return _mm512_add_epi16(pairs, _mm512_maddubs_epi16(x, q)); }
 inline ivec  dot8(ivec acc, ivec x, ivec q) { // |x - 128| times q with its sign: pairs fit 16 bits
@@ -132,13 +135,14 @@ inline float hmax(vec a) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 inline void  hsum4(vec a, vec b, vec c, vec d, float * out) {
-    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); // in both halves
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 s  = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE)); // in both halves
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 inline uint32_t ge_bits(vec a, vec b)              { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
-inline vec   scale2(vec a, vec t, vec t0) {
-    const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(t), _mm256_castps_si256(t0));
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(n, 23)));
+inline vec   scale2(vec a, vec t) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
 }
 
 using ivec = __m256i;
@@ -151,14 +155,14 @@ inline ivec  low_nibbles(ivec x)                   { return _mm256_and_si256(x, 
 inline ivec  high_nibbles(ivec x)                  { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 #if defined(__AVXVNNI__)
 constexpr int BIAS8 = 128;
-inline ivec  dot4_begin(ivec acc)                  { return acc; }
-inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
+inline int32_t dot4_start(int32_t low, int32_t high) { return low + high; }
+inline ivec  dot4_end(ivec acc, ivec sums)         { return _mm256_add_epi32(acc, sums); }
 inline ivec  dot4(ivec acc, ivec x, ivec q)        { return _mm256_dpbusd_avx_epi32(acc, x, q); }
 inline ivec  dot8(ivec acc, ivec x, ivec q)        { return _mm256_dpbusd_avx_epi32(acc, x, q); }
 #else
 constexpr int BIAS8 = 0;
 inline ivec  pair_sums(ivec x)                     { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
-inline ivec  dot4_begin(ivec)                      { return _mm256_setzero_si256(); }
+inline int32_t dot4_start(int32_t low, int32_t high) { return (int32_t) ((uint32_t) high << 16 | (uint16_t) low); }
 inline ivec  dot4_end(ivec acc, ivec pairs)        { return _mm256_add_epi32(acc, pair_sums(pairs)); }
 inline ivec  dot4(ivec pairs, ivec x, ivec q) {
     pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(x, q));
@@ -197,9 +201,8 @@ inline uint32_t ge_bits(vec a, vec b) {
     const uint32_t bit[] = { 1, 2, 4, 8 };
     return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), vld1q_u32(bit)));
 }
-inline vec   scale2(vec a, vec t, vec t0) {
-    const int32x4_t n = vsubq_s32(vreinterpretq_s32_f32(t), vreinterpretq_s32_f32(t0));
-    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(n, 23)));
+inline vec   scale2(vec a, vec t) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)));
 }
 
 using ivec = int32x4_t;
@@ -212,8 +215,8 @@ inline ivec  low_nibbles(ivec x)                   { return vandq_s32(x, vdupq_n
 inline ivec  high_nibbles(ivec x)                  { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
 
 constexpr int BIAS8 = 0;
-inline ivec  dot4_begin(ivec acc)                  { return acc; }
-inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
+inline int32_t dot4_start(int32_t low, int32_t high) { return low + high; }
+inline ivec  dot4_end(ivec acc, ivec sums)         { return vaddq_s32(acc, sums); }
 inline ivec  dot4(ivec acc, ivec x, ivec q) { // of any signed x
     const int8x16_t a = vreinterpretq_s8_s32(x);
     const int8x16_t b = vreinterpretq_s8_s32(q);
@@ -246,7 +249,7 @@ inline float hsum(vec a)                           { return a; }
 inline float hmax(vec a)                           { return a; }
 inline void  hsum4(vec a, vec b, vec c, vec d, float * out) { out[0] = a; out[1] = b; out[2] = c; out[3] = d; }
 inline uint32_t ge_bits(vec a, vec b)              { return a >= b; }
-inline vec   scale2(vec a, vec t, vec t0)          { return std::ldexp(a, (int) (t - t0)); }
+inline vec   scale2(vec a, vec t)                  { return std::ldexp(a, (int) (t - ROUND)); }
 
 using ivec = int32_t;
 
@@ -264,13 +267,21 @@ inline ivec  dot8(ivec acc, ivec x, ivec q) {
     }
     return acc;
 }
-inline ivec  dot4_begin(ivec acc)                  { return acc; }
-inline ivec  dot4_end(ivec, ivec acc)              { return acc; }
+inline int32_t dot4_start(int32_t low, int32_t high) { return low + high; }
+inline ivec  dot4_end(ivec acc, ivec sums)         { return acc + sums; }
 inline ivec  dot4(ivec acc, ivec x, ivec q)        { return dot8(acc, x, q); }
 
 #endif
 
-constexpr int DOT4_RUN = 8;
+// a, which GCC reads from memory wherever it is used otherwise.
+inline vec in_register(vec a) {
+#if defined(__GNUC__) && defined(__AVX2__) && !defined(__AVX512F__)
+    __asm__("" : "+x"(a));
+#endif
+    return a;
+}
+
+constexpr int DOT4_RUN = 16;
 
 // Vector registers, which what a kernel adds up should not exceed.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
@@ -330,36 +341,34 @@ inline int append(uint32_t bits, int32_t first, int32_t * out) {
 #endif
 }
 
-constexpr float ROUND = 12582912.0f; // 1.5 * 2^23: what is added to it is rounded to an integer, which its lowest bits hold
+constexpr float LOG2_E = 1.44269504f;
 
 constexpr float EXP_MAX = 2e6f; // magnitude of x below which the exponent of e^x is one of ROUND's integers
+constexpr float EXP_MIN = 86.0f; // how far x may be below that of the largest result: e^-86 is a normal float
 
-// The power of two nearest e^x, as an exponent. x within EXP_MAX, here and below.
-inline vec exp2_round(vec x) {
-    return sub(fma(x, splat(1.44269504f), splat(ROUND)), splat(ROUND));
+// The power of two nearest 2^y, as an exponent, for |y| <= EXP_MAX*LOG2_E.
+inline float exp2_round(float y) {
+    return y + ROUND - ROUND;
 }
 
-// 2^-n0 * e^x for n0 = exp2_round of some x0 >= x: 2^(n - n0) times e^r with |r| <= ln(2)/2, 1 + r and a minimax polynomial,
-// relative error about 2e-7. Results of one x for different n0 differ by a power of two, exactly. Below x0 - 86 the result
-// stays near 4e-38 instead of 0, which no softmax can tell apart.
-inline vec exp_scaled(vec x, vec x0, vec n0) {
-    x = max(x, sub(x0, splat(86.0f)));
-    const vec t = fma(x, splat(1.44269504f), splat(ROUND));
-    const vec n = sub(t, splat(ROUND));
-    vec r = fma(n, splat(-0.693359375f), x);
-    r     = fma(n, splat(2.12194440e-4f), r);
+// 2^(x*c - n0), which must be normal, for an integer n0 as of exp2_round, given as round = ROUND - n0: a power of two times 2^r
+// with |r| <= 1/2, which is 1 and a minimax polynomial, relative error about 2e-7. Results of one x for different n0 differ by a
+// power of two, exactly.
+inline vec exp2_scaled(vec x, vec c, vec round) {
+    const vec t = fma(x, c, round);
+    const vec r = fma(x, c, sub(round, t));
     // in pairs of terms, which do not wait for each other
     const vec r2 = mul(r, r);
-    const vec p4 = fma(splat(0.00831243f), r, splat(0.04189099f));
-    const vec p2 = fma(splat(0.16667118f), r, splat(0.49999226f));
-    const vec p0 = add(r, splat(1.0f));
+    const vec p4 = fma(splat(0.00132647273f), r, splat(0.00967151299f));
+    const vec p2 = fma(splat(0.0555073358f), r, splat(0.240222424f));
+    const vec p0 = fma(splat(0.693147004f), r, splat(1.0f));
     const vec p  = fma(fma(p4, r2, p2), r2, p0);
-    return scale2(p, t, add(n0, splat(ROUND)));
+    return scale2(p, t);
 }
 
-// exp for x <= 0.
+// exp for x <= 0, and near 4e-38 instead of 0 below -EXP_MIN, which no softmax can tell apart.
 inline vec exp_neg(vec x) {
-    return exp_scaled(x, zero(), zero());
+    return exp2_scaled(max(x, splat(-EXP_MIN)), splat(LOG2_E), splat(ROUND));
 }
 
 } // namespace fasa

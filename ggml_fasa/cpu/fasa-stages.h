@@ -18,6 +18,9 @@ struct mask_row {
     // whether cells [t0, t0 + n) are all neither hidden nor forced; false where n is no number of whole tiles
     bool plain(int64_t t0, int64_t n) const;
 
+    // the same for a chunk of tip
+    bool plain_chunk(int64_t chunk, int64_t n_kv) const;
+
     // which of the n cells of the tile that begins at t0 are, bit by bit; cells beyond n count as hidden
     struct tile_bits { uint32_t hidden, forced; };
     tile_bits tile(int64_t t0, int64_t n) const;
@@ -29,6 +32,7 @@ struct cache_rows {
     ggml_type    type;
     size_t       stride; // bytes from cell to cell
     int64_t      d;
+    size_t       size;   // bytes of a row
 
     const void * row(int64_t cell) const { return (const char *) data + cell*stride; }
 
@@ -59,27 +63,27 @@ struct index_plane {
 };
 
 // 4-byte words of tip's query of one head: n_dim floats for an F16 index; for one of integers vectors whose lanes are all the
-// same: the factor (float) that makes S out of d * sum, what the sum starts from (int32), and the q' in fours, zeros beyond
-// n_dim.
+// same: the factor (float) that makes S out of d * sum, then, for a q4 index before every DOT4_RUN fours, what the sum starts
+// from, and the q' in fours, zeros beyond n_dim.
 int64_t tip_query_size(int64_t n_dim);
 
 // Makes tip's queries [n_group][tip_query_size] out of floats [n_group][n_dim] that are multiplied by scale.
 void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_type type, float * query);
 
-// tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, 0 where hidden. peak and total are [n_chunk][n_group]:
-// the power of two nearest the chunk's largest exp(S_h), as an exponent (-inf if it shows no cell), and its sum of
-// weights. Rows of weight are stride floats apart.
+// tip for one chunk of cells: weight[h][t] = exp(S_h(t)) / 2^peak, 0 where hidden, [n_group][TIP_CHUNK]. plain: as of
+// mask.plain_chunk. peak and total are [n_chunk][n_group]: the power of two nearest the chunk's largest exp(S_h), as an exponent
+// (-inf if it shows no cell), and its sum of weights.
 void tip_chunk(
-        const float * query, int64_t n_group, const index_plane & index, mask_row mask, int64_t n_kv, int64_t chunk,
-        float * weight, int64_t stride, float * peak, float * total);
+        const float * query, int64_t n_group, const index_plane & index, mask_row mask, bool plain, int64_t n_kv, int64_t chunk,
+        float * weight, float * peak, float * total);
 
 // Once all chunks are done: the factors [n_chunk][n_group] that make weights softmax values.
 void tip_factors(int64_t n_group, int64_t n_chunk, const float * peak, const float * total, float * factor);
 
 // One chunk of scores[t] = sum_h factor * weight[h][t], -inf where hidden, +inf where forced. Writes whole tiles.
 void tip_combine(
-        const float * weight, int64_t stride, int64_t n_group, const float * factor, mask_row mask, int64_t n_kv,
-        int64_t chunk, float * scores);
+        const float * weight, int64_t n_group, const float * factor, mask_row mask, bool plain, int64_t n_kv, int64_t chunk,
+        float * scores);
 
 // What fac reads for one KV group and one query row.
 struct fac_input {
