@@ -114,7 +114,9 @@ static void tip_tile_f16(const float * query, int64_t any_dim, const char * tile
             for (int i = 0; i < NV; ++i) {
                 k[i] = load((const ggml_fp16_t *) tile + j*TILE + c + i*W);
             }
-            prefetch((const ggml_fp16_t *) tile + j*TILE + c + PREFETCH);
+            if (c == 0) { // the tile's values of a dim are one cache line
+                prefetch((const ggml_fp16_t *) tile + j*TILE + PREFETCH);
+            }
             for (int h = 0; h < NH; ++h) {
                 const vec qj = splat(query[h*size + j]);
                 for (int i = 0; i < NV; ++i) {
