@@ -280,7 +280,6 @@ void tip_query(const float * q, int64_t n_group, int64_t n_dim, ggml_fasa_index_
         const bool    q8     = type == GGML_FASA_INDEX_Q8;
         const int64_t n_four = n_query_four(n_dim);
         const int64_t run    = q8 ? n_four : DOT4_RUN;
-
         const float   m      = query_top(q, n_dim);
 
         float * to = query;
