@@ -5,8 +5,9 @@ index, as a model has layers. The stages inside the op (tip, select, fac) are ca
 threads; each call costs some 2 us from Python, which short contexts show. Everything takes turns in rounds, on other
 copies each time, so many that caches do not hold them. Prints one JSON line per measurement and a table of medians.
 
-bytes are those of K, V, index or scores that a step has to read; the share is of the read bandwidth that the same
-threads reach in the same run (the copy bandwidth, bytes read and written, is in the rows too).
+bytes are those of K, V, index or scores that a step has to read. The share is of the bandwidth at which the same threads
+read K, which takes turns with the stages: medians both. (Smallest and largest, and the bandwidth of a copy, bytes read and
+written, are in the rows too.)
 """
 
 import argparse
@@ -53,6 +54,7 @@ N_SINK, N_RECENT = 4, 32
 COLD_BYTES = 256 << 20  # of index, read before a copy comes round again
 LAYERS = 32  # copies that a measurement goes through, if there are as many
 LINE = 64  # bytes of a cache line
+IDLE = 0.05  # seconds after which OpenMP's threads, which keep waiting for a next graph, have left the CPUs to others
 MARGIN = 16 << 20  # of a ggml context: what is there once, alignment
 NODE_BYTES = 4096  # of a ggml context, per node: its views and headers
 
@@ -260,7 +262,7 @@ def _backend(lib):
 class StageCalls:
     """The stages inside the op, for one index type and budget: what n_threads need to call them, each for every n-th KV head.
 
-    Scratch is a thread's own and stays in its core's cache, as in the op.
+    Scratch and scores are a thread's own and stay in its core's cache, as in the op where heads go round evenly.
     """
 
     def __init__(self, step, index_type, budget, n_threads):
@@ -273,12 +275,13 @@ class StageCalls:
         q = step.data(step.q, np.float32).reshape(G, R, d)
         self.q_tip = [pointer(np.take(q[g], dims[g], axis=1) * np.float32(d**-0.5)) for g in range(G)]
         self.q = [pointer(q[g]) for g in range(G)]
-        self.scores = [pointer(np.zeros(n_kv, np.float32)) for _ in range(G)]
         self.cells = [pointer(np.zeros(self.budget, np.int32), "int32_t *") for _ in range(G)]
         self.out = [pointer(np.zeros(R * d, np.float32)) for _ in range(G)]
         n_scratch = lib.ggml_fasa_cpu_tip_scratch(R, J, n_kv) + lib.ggml_fasa_cpu_fac_scratch(R, self.budget, d) + n_kv
-        scratch = [pointer(np.zeros(n_scratch, np.float32)) for _ in range(n_threads)]
-        self.scratch = [scratch[g % n_threads] for g in range(G)]
+        self.scratch, self.scores = (
+            [own[g % n_threads] for g in range(G)]
+            for own in ([pointer(np.zeros(n, np.float32)) for _ in range(n_threads)] for n in (n_scratch, n_kv))
+        )
         self.mask = lib.ggml_get_data(step.mask)
 
         def heads(tensors, n_bytes):
@@ -354,6 +357,7 @@ class Team:
     def seconds(self, work):
         """Wall time from the first thread's start of work(i), i in 0 .. n_threads - 1, to the last one's end."""
         barrier = threading.Barrier(self.n)
+        time.sleep(IDLE)
 
         def share(i):
             if self.cpus:  # threads that wake each other would begin on one
@@ -377,13 +381,18 @@ class Team:
         return self.seconds(work) / len(copies)
 
 
-def bandwidth(team, n_bytes=512 << 20, rounds=7):
-    """(read, copy) in GB/s, the best of several rounds; a copy counts bytes read and written."""
-    parts = np.array_split(np.ones(n_bytes // 8, np.int64), team.n)
-    copies = [np.zeros_like(part) for part in parts]
-    read = min(team.seconds(lambda i: parts[i].max()) for _ in range(rounds))
-    copy = min(team.seconds(lambda i: np.copyto(copies[i], parts[i])) for _ in range(rounds))
-    return n_bytes / read / 1e9, 2 * n_bytes / copy / 1e9
+def read_rate(step, team, copies):
+    """GB/s at which the threads read K, in the memory that the stages read."""
+    parts = [np.array_split(step.data(step.k[c], np.int64), team.n) for c in copies]
+    seconds = team.seconds(lambda i: [part[i].max() for part in parts])
+    return step.kv_bytes / 2 * len(parts) / seconds / 1e9
+
+
+def copy_rate(step, team, copies):
+    """GB/s, read and written, at which the threads copy K over V."""
+    pairs = [[np.array_split(step.data(t[c], np.int64), team.n) for t in (step.v, step.k)] for c in copies]
+    seconds = team.seconds(lambda i: [np.copyto(v[i], k[i]) for v, k in pairs])
+    return step.kv_bytes * len(pairs) / seconds / 1e9
 
 
 def measurements(step, args, team):
@@ -391,10 +400,13 @@ def measurements(step, args, team):
     gives the seconds of a step."""
     found = []
 
+    wake = step.graph([0], lambda c: step.index_write(c, step.n_index_types[0]))
+
     def op(stage, n_bytes, nodes, index_type=None, budget=None):
         graphs = [step.graph(copies, nodes) for copies in step.layers]
 
         def seconds(i):
+            step.run(wake, team.n)  # as in a model, threads wait for the graph
             start = time.perf_counter()
             step.run(graphs[i], team.n)
             return (time.perf_counter() - start) / len(step.layers[i])
@@ -426,17 +438,21 @@ def measurements(step, args, team):
     return found
 
 
-def measure(lib, args, d, n_kv, team, speed):
+def measure(lib, args, d, n_kv, team):
     """Rows of one shape."""
     step = Step(lib, args, d, n_kv)
     step.check()
     todo = measurements(step, args, team)
-    seconds = [[] for _ in todo]
+    turns = [seconds for *_, seconds in todo]
+    turns += [lambda i, rate=rate: rate(step, team, step.layers[i]) for rate in (read_rate, copy_rate)]
+    results = [[] for _ in turns]
     for i in range(args.rounds + 1):
-        for j in range(len(todo)):
-            at = (i + j) % len(todo)  # whoever follows the same one always might find its traces
-            seconds[at].append(todo[at][-1]((i + at) % len(step.layers)))
-    seconds = [s[1:] for s in seconds]  # the first round warms up
+        for j in range(len(turns)):
+            at = (i + j) % len(turns)  # whoever follows the same one always might find its traces
+            results[at].append(turns[at]((i + at) % len(step.layers)))
+    *seconds, reads, copies = (r[1:] for r in results)  # the first round warms up
+    read, copy = statistics.median(reads), statistics.median(copies)
+    print(f"d {d}, n_kv {n_kv}, {team.n} threads: read {read:.1f} GB/s, copy {copy:.1f} GB/s", file=sys.stderr)
     flash = statistics.median(seconds[0])
     rows = []
     for (stage, index_type, budget, n_bytes, _), times in zip(todo, seconds):
@@ -459,9 +475,11 @@ def measure(lib, args, d, n_kv, team, speed):
                 us_max=max(times) * 1e6,
                 bytes=n_bytes,
                 gb_s=n_bytes / median / 1e9,
-                read_gb_s=speed[0],
-                copy_gb_s=speed[1],
-                share_of_read=n_bytes / median / 1e9 / speed[0],
+                read_gb_s=read,
+                read_gb_s_min=min(reads),
+                read_gb_s_max=max(reads),
+                copy_gb_s=copy,
+                share_of_read=n_bytes / median / 1e9 / read,
                 flash_attn_ratio=flash / median,
             )
         )
@@ -511,12 +529,9 @@ def main():
     lib = Library()
     rows = []
     shapes = [(d, n_kv, n) for n in args.threads for d in args.d for n_kv in args.n_kv]
-    speeds, teams = {}, {n: Team(n) for n in args.threads}
+    teams = {n: Team(n) for n in args.threads}
     for d, n_kv, n in tqdm(shapes, desc="shapes", disable=None):
-        if n not in speeds:
-            speeds[n] = bandwidth(teams[n])
-            print(f"{n} threads: read {speeds[n][0]:.1f} GB/s, copy {speeds[n][1]:.1f} GB/s", file=sys.stderr)
-        for measured in measure(lib, args, d, n_kv, teams[n], speeds[n]):
+        for measured in measure(lib, args, d, n_kv, teams[n]):
             rows.append(measured)
             emit(measured, args.out)
     print(table(rows))
