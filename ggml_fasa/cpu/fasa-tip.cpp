@@ -99,6 +99,8 @@ static constexpr float FACTOR_MIN = 1e-30f;
 // Scores a tile for NH heads: out[h][0..TILE) = S_h. query is as tip_query makes it.
 template <int NH, int N_DIM>
 static void tip_tile_f16(const float * query, int64_t any_dim, const char * tile, float * out, int64_t stride) {
+    constexpr int64_t RUN = N_DIM ? 8 : 1; // dims of a loop that unrolls
+
     const int64_t n_dim = N_DIM ? N_DIM : any_dim;
     const int64_t size  = query_size(n_dim);
 
@@ -109,7 +111,7 @@ static void tip_tile_f16(const float * query, int64_t any_dim, const char * tile
                 acc[h][i] = zero();
             }
         }
-        for (int64_t j = 0; j < n_dim; ++j) {
+        auto add_dim = [&](int64_t j) {
             vec k[NV];
             for (int i = 0; i < NV; ++i) {
                 k[i] = load((const ggml_fp16_t *) tile + j*TILE + c + i*W);
@@ -122,6 +124,11 @@ static void tip_tile_f16(const float * query, int64_t any_dim, const char * tile
                 for (int i = 0; i < NV; ++i) {
                     acc[h][i] = fma(qj, k[i], acc[h][i]);
                 }
+            }
+        };
+        for (int64_t j = 0; j < n_dim; j += RUN) {
+            for (int64_t i = 0; i < RUN; ++i) {
+                add_dim(j + i);
             }
         }
         for (int h = 0; h < NH; ++h) {
