@@ -5,9 +5,9 @@ index, as a model has layers. The stages inside the op (tip, select, fac) are ca
 threads; each call costs some 2 us from Python, which short contexts show. Everything takes turns in rounds, on other
 copies each time, so many that caches do not hold them. Prints one JSON line per measurement and a table of medians.
 
-bytes are those of K, V, index or scores that a step has to read. The share is of the bandwidth at which the same threads
-read K, which takes turns with the stages: medians both. (Smallest and largest, and the bandwidth of a copy, bytes read and
-written, are in the rows too.)
+bytes are those of K, V, index or scores that a step has to read. The share is of the bandwidth at which the same
+threads read K, which takes turns with the stages: medians both. (Smallest and largest, and the bandwidth of a copy,
+bytes read and written, are in the rows too.)
 """
 
 import argparse
@@ -260,7 +260,7 @@ def _backend(lib):
 
 
 class StageCalls:
-    """The stages inside the op, for one index type and budget: what n_threads need to call them, each for every n-th KV head.
+    """The stages inside the op, for one index type and budget: what threads need to call them, each for every n-th KV head.
 
     Scratch and scores are a thread's own and stay in its core's cache, as in the op where heads go round evenly.
     """
