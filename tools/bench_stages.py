@@ -278,10 +278,12 @@ class StageCalls:
         self.cells = [pointer(np.zeros(self.budget, np.int32), "int32_t *") for _ in range(G)]
         self.out = [pointer(np.zeros(R * d, np.float32)) for _ in range(G)]
         n_scratch = lib.ggml_fasa_cpu_tip_scratch(R, J, n_kv) + lib.ggml_fasa_cpu_fac_scratch(R, self.budget, d) + n_kv
-        self.scratch, self.scores = (
-            [own[g % n_threads] for g in range(G)]
-            for own in ([pointer(np.zeros(n, np.float32)) for _ in range(n_threads)] for n in (n_scratch, n_kv))
-        )
+
+        def of_threads(n):
+            arrays = [pointer(np.zeros(n, np.float32)) for _ in range(n_threads)]
+            return [arrays[g % n_threads] for g in range(G)]
+
+        self.scratch, self.scores = of_threads(n_scratch), of_threads(n_kv)
         self.mask = lib.ggml_get_data(step.mask)
 
         def heads(tensors, n_bytes):
@@ -399,7 +401,6 @@ def measurements(step, args, team):
     """[(stage, index type or None, budget or None, bytes, function), ...]; function(i) runs the i-th of step.layers and
     gives the seconds of a step."""
     found = []
-
     wake = step.graph([0], lambda c: step.index_write(c, step.n_index_types[0]))
 
     def op(stage, n_bytes, nodes, index_type=None, budget=None):
